@@ -1,0 +1,1 @@
+"""dqbench: reproduce, compare and extend post-training quantization (PTQ) of diffusion models."""

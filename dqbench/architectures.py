@@ -1,0 +1,119 @@
+"""A denoiser from its config alone, and the multiplications of one forward: on the meta device, nothing is computed."""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+
+from dqbench.errors import UserError
+from dqbench.quant.plan import LAYER_TYPES
+
+Macs = Counter[tuple[str, str]]  # (module name, kind) -> multiply-accumulates, in execution order
+
+
+def build(architecture: Mapping[str, Any]) -> nn.Module:
+    """The diffusers model of a config with `_class_name`, in eval mode, its parameters on the meta device."""
+    import diffusers
+
+    name = architecture.get("_class_name")
+    cls = getattr(diffusers, str(name), None)
+    if not (inspect.isclass(cls) and issubclass(cls, nn.Module)):
+        raise UserError(f"architecture._class_name={name} is no diffusers model; for example UNet2DModel")
+    config = {key: value for key, value in architecture.items() if not key.startswith("_")}
+    try:
+        with torch.device("meta"):
+            return cls(**config).eval()
+    except (TypeError, ValueError) as error:
+        raise UserError(f"architecture: {name} cannot be built: {error}") from error
+
+
+@torch.no_grad()
+def count_macs(denoiser: nn.Module, inputs: Mapping[str, Any]) -> Macs:
+    """MACs of one forward at batch 1: conv, linear, and per attention QK^T (attention_qk) and softmax V (attention_sv).
+
+    `inputs`: shapes without the batch dimension, or true for one class index. Parameters of a loaded denoiser are
+    replaced by meta tensors for the call.
+    """
+    state = {name: x.to("meta") for name, x in chain(denoiser.named_parameters(), denoiser.named_buffers())}
+    dtype = next(denoiser.parameters()).dtype
+    arguments = {name: example(shape, dtype) for name, shape in inputs.items()}
+    arguments["timestep"] = torch.zeros(1, dtype=torch.long, device="meta")
+    macs: Macs = Counter()
+    with metered(denoiser, macs):
+        functional_call(denoiser, state, args=(), kwargs=arguments)
+    check_attention(denoiser, macs)
+    return macs
+
+
+def example(shape: Any, dtype: torch.dtype) -> Tensor:
+    """An input of batch 1 on the meta device: [1, *shape], or one class index for `true`."""
+    if shape is True:
+        return torch.zeros(1, dtype=torch.long, device="meta")
+    return torch.empty(1, *shape, dtype=dtype, device="meta")
+
+
+@contextmanager
+def metered(denoiser: nn.Module, macs: Macs) -> Iterator[None]:
+    """Add to `macs` what the forwards of `denoiser` inside the block multiply."""
+    running: list[str] = []
+    with ExitStack() as stack:
+        for name, module in denoiser.named_modules():
+            enter = module.register_forward_pre_hook(lambda *_, name=name: running.append(name))
+            leave = module.register_forward_hook(lambda *_: drop_last(running))
+            stack.callback(enter.remove)
+            stack.callback(leave.remove)
+            if isinstance(module, LAYER_TYPES):
+                stack.callback(module.register_forward_hook(layer_meter(name, macs)).remove)
+        stack.enter_context(AttentionMeter(running, macs))
+        yield
+
+
+def drop_last(running: list[str]) -> None:
+    """Forget the innermost running module: its forward has ended."""
+    running.pop()
+
+
+def layer_meter(name: str, macs: Macs) -> Any:
+    """A forward hook that counts a conv or linear: every output position multiplies the weight once."""
+
+    def hook(layer: nn.Module, args: Any, output: Tensor) -> None:
+        kind = "linear" if isinstance(layer, nn.Linear) else "conv"
+        macs[name, kind] += output.numel() // layer.weight.shape[0] * layer.weight.numel()
+
+    return hook
+
+
+class AttentionMeter(TorchFunctionMode):
+    """Counts every scaled_dot_product_attention for the innermost running module, from the shapes it is given."""
+
+    def __init__(self, running: list[str], macs: Macs) -> None:
+        super().__init__()
+        self.running, self.macs = running, macs
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is scaled_dot_product_attention:
+            self.add(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def add(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> None:
+        """query: [..., N, D], key: [..., M, D], value: [..., M, E]."""
+        scores = query.numel() // query.shape[-1] * key.shape[-2]
+        self.macs[self.running[-1], "attention_qk"] += scores * query.shape[-1]
+        self.macs[self.running[-1], "attention_sv"] += scores * value.shape[-1]
+
+
+def check_attention(denoiser: nn.Module, macs: Macs) -> None:
+    """Raise UserError where an attention took another way than scaled_dot_product_attention and so was not seen."""
+    for name, module in denoiser.named_modules():
+        if hasattr(module, "to_q") and hasattr(module, "to_k") and (name, "attention_qk") not in macs:
+            raise UserError(f"cost: {name} does not call scaled_dot_product_attention; count before it is quantized")

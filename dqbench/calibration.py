@@ -1,0 +1,235 @@
+"""collect(): denoiser inputs along the full-precision trajectory -> CalibrationSet.
+
+One sampling pass records every denoiser call (the trajectory, an artifact that all methods and policies share); a policy
+then picks (chain, step) pairs from it. Steps are positions in the sampler's schedule: 0 is the noisiest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from dqbench.config import Calib, Sampler
+from dqbench.errors import UserError
+from dqbench.models import anatomy, denoiser
+from dqbench.sampling import generate
+from dqbench.shards import Shards, fill
+
+Batch = dict[str, Tensor]
+
+
+def named_generator(name: str, seed: int) -> torch.Generator:
+    """A CPU generator of its own for every named purpose."""
+    return torch.Generator().manual_seed(named_seed(name, seed))
+
+
+def named_seed(name: str, seed: int) -> int:
+    """63 bits of SHA-256("name/seed"): disjoint from the seeds of scored samples."""
+    return int.from_bytes(hashlib.sha256(f"{name}/{seed}".encode()).digest()[:8], "big") >> 1
+
+
+@dataclass
+class CalibrationSet:
+    """N denoiser inputs: `inputs` maps argument names to arrays or memory maps [N, ...]; `step` [N] is their position."""
+
+    inputs: dict[str, Any]
+    step: np.ndarray
+    seed: int = 0
+
+    @classmethod
+    def from_tensors(cls, sample: Tensor, timestep: Tensor, **conditions: Tensor) -> CalibrationSet:
+        """A set of a user's own recorded inputs: sample [N, ...], timestep [N], conditions [N, ...].
+
+        Raises UserError where their lengths differ.
+        """
+        inputs = {"sample": sample, "timestep": timestep, **conditions}
+        lengths = {name: len(value) for name, value in inputs.items()}
+        if len(set(lengths.values())) != 1:
+            raise UserError(f"calibration tensors differ in their number of rows: {lengths}; all must have N rows")
+        order = {int(t): k for k, t in enumerate(sorted({int(t) for t in timestep}, reverse=True))}
+        step = np.array([order[int(t)] for t in timestep])
+        return cls({name: value.detach().cpu().numpy() for name, value in inputs.items()}, step)
+
+    @classmethod
+    def open(cls, folder: Path, seed: int) -> CalibrationSet:
+        """The set stored in `folder` as one .npy per input, memory-mapped."""
+        arrays = {path.stem: np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))}
+        step = np.asarray(arrays.pop("step"))
+        return cls(arrays, step, seed)
+
+    def save(self, folder: Path) -> None:
+        """Write the set so that open() finds it."""
+        for name, values in {**self.inputs, "step": self.step}.items():
+            np.save(folder / f"{name}.npy", values)
+
+    def __len__(self) -> int:
+        return len(self.step)
+
+    def rows(self, indices: Sequence[int] | np.ndarray, device: torch.device | str = "cpu") -> Batch:
+        """The denoiser's keyword arguments for chosen rows, on `device`."""
+        return {name: torch.from_numpy(np.array(values[indices])).to(device) for name, values in self.inputs.items()}
+
+    def batches(self, batch_size: int, device: torch.device | str = "cpu") -> Iterator[Batch]:
+        """All rows in order, on `device`."""
+        for first in range(0, len(self), batch_size):
+            yield self.rows(np.arange(first, min(first + batch_size, len(self))), device)
+
+
+@contextmanager
+def recording(pipe: DiffusionPipeline) -> Iterator[list[Batch]]:
+    """Record every denoiser call: a list of {argument name: [B, ...]} plus what it returned as "output", on the CPU."""
+    calls: list[Batch] = []
+
+    def record(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        predicted = output[0] if isinstance(output, tuple) else output.sample
+        calls.append({**call_inputs(module, args, kwargs), "output": predicted.detach().cpu().clone()})
+
+    handle = denoiser(pipe).register_forward_hook(record, with_kwargs=True)
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
+def call_inputs(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Batch:
+    """The tensor arguments of one denoiser call by name, timestep broadcast to [B]."""
+    arguments = inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments
+    timestep = torch.as_tensor(arguments["timestep"]).reshape(-1)
+    batch_size = len(arguments.get("sample", arguments.get("hidden_states")))
+    tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor) and value is not module}
+    tensors["timestep"] = timestep.expand(batch_size)
+    return {name: value.detach().cpu().clone() for name, value in tensors.items()}
+
+
+def record_chains(pipe: DiffusionPipeline, sampler: Sampler, seeds: Sequence[int], first: int) -> dict[str, np.ndarray]:
+    """One sampling pass of n chains -> {argument: [n, G, S, ...]}: S denoiser calls, G = 2 rows under guidance, else 1."""
+    with recording(pipe) as calls:
+        generate(pipe, sampler, seeds, range(first, first + len(seeds)))
+    recorded = {name: torch.stack([call[name] for call in calls], dim=1) for name in calls[0]}
+    return {name: rows.unflatten(0, (-1, len(seeds))).transpose(0, 1).numpy() for name, rows in recorded.items()}
+
+
+def calibration_seeds(rows: range, seed: int) -> list[int]:
+    """Generator seeds of calibration chains."""
+    return [named_seed(f"calibration/{i}", seed) for i in rows]
+
+
+def record_trajectory(
+    pipe: DiffusionPipeline, sampler: Sampler, chains: int, seeds: Callable[[range], list[int]], folder: Path
+) -> None:
+    """Fill `folder` with the full-precision trajectory of `chains` chains, resuming at the first missing one."""
+
+    def produce(rows: range) -> dict[str, np.ndarray]:
+        return record_chains(pipe, sampler, seeds(rows), rows.start)
+
+    fill(folder, chains, sampler.batch_size, produce, "fp32 trajectory")
+
+
+def pick(calib: Calib, steps: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The (chain [N], step [N]) pairs of a policy on a trajectory of `steps` calls; step-major for uniform.
+
+    uniform: steps range(0, S, S // calib.steps), as many chains of each as fit `samples` (Q-Diffusion's release).
+    normal: t = trunc(S x Normal(mean, std)) clamped to [0, S-1], one draw per sample (PTQ4DM Eq. 15); t counts from the
+    clean end, or with `official` from the noisy end, as the loop counter of the release does.
+    fixed: one step, S // 2 unless given.
+    """
+    if calib.policy == "uniform":
+        kept = np.arange(0, steps, steps // calib.steps)[: calib.steps]
+        per_step = max(1, calib.samples // len(kept))
+        return np.tile(np.arange(per_step) % calib.chains, len(kept)), np.repeat(kept, per_step)
+    chain = np.arange(calib.samples) % calib.chains
+    if calib.policy == "fixed":
+        return chain, np.full(calib.samples, steps // 2 if calib.step is None else calib.step)
+    draws = torch.normal(calib.mean, calib.std, (calib.samples,), generator=named_generator("ndtc", seed))
+    t = (steps * draws).trunc().clamp(0, steps - 1).long().numpy()
+    return chain, t if calib.official else steps - 1 - t
+
+
+def select(source: Path, calib: Calib, seed: int, target: Path) -> None:
+    """Write the policy's rows of the trajectory in `source` to `target` as a CalibrationSet, guidance halves in turn."""
+    for name in sorted({path.name.split(".")[0] for path in source.glob("*.npy")} - {"output"}):
+        array = Shards(source, name)
+        halves, steps, *shape = array.shape[1:]
+        chain, step = pick(calib, steps, seed)
+        count = len(chain)
+        rows = np.lib.format.open_memmap(target / f"{name}.npy", "w+", array.dtype, (halves * count, *shape))
+        for i, (c, s) in enumerate(zip(chain, step, strict=True)):
+            rows[i::count] = array[c][:, s]
+        rows.flush()
+    np.save(target / "step.npy", np.tile(step, halves))
+    if calib.official and calib.policy == "normal":  # the release feeds the network the loop counter as its time input
+        timestep = np.load(target / "timestep.npy", mmap_mode="r+")
+        timestep[:] = np.tile(step, halves)
+
+
+def replace_source(pipe: DiffusionPipeline, calib: Calib, seed: int, target: Path) -> None:
+    """Replace the samples in `target` by what PTQ4DM's Table 2 compares: noise, clean images, or noised images.
+
+    noise: x ~ N(0, I). image: x_0. train_mimic: q(x_t | x_0) at the row's own time step.
+    """
+    rows, timestep = np.load(target / "sample.npy", mmap_mode="r+"), np.load(target / "timestep.npy")
+    generator = named_generator(calib.source, seed)
+    for first in range(0, len(rows), 256):
+        part = slice(first, min(first + 256, len(rows)))
+        noise = torch.randn(rows[part].shape, generator=generator)
+        rows[part] = (
+            noise if calib.source == "noise" else clean(pipe, calib, noise, timestep[part], generator)
+        ).numpy()
+    rows.flush()
+
+
+def clean(
+    pipe: DiffusionPipeline, calib: Calib, noise: Tensor, timestep: np.ndarray, generator: torch.Generator
+) -> Tensor:
+    """Real images in the denoiser's space, noised to `timestep` for train_mimic; same shape as `noise`."""
+    images = encode(pipe, real_images(anatomy(pipe).data, len(noise), generator))
+    if images.shape != noise.shape:
+        raise UserError(
+            f"model.data gives samples of shape {list(images.shape[1:])}; the denoiser takes {list(noise.shape[1:])}"
+        )
+    if calib.source == "image":
+        return images
+    return pipe.scheduler.add_noise(images, noise, torch.from_numpy(timestep).long())
+
+
+def real_images(data: str | None, count: int, generator: torch.Generator) -> Tensor:
+    """`count` images [N, C, H, W] in [-1, 1], drawn with replacement from a registered data set or a folder."""
+    if data is None:
+        raise UserError(
+            "calib.source=image and train_mimic need real images; set model.data=digits or model.data=FOLDER"
+        )
+    if data == "digits":
+        from dqbench.zoo.data import digits
+
+        images, _ = digits()
+        return images[torch.randint(len(images), (count,), generator=generator)]
+    files = sorted(
+        path for path in Path(data).expanduser().glob("**/*") if path.suffix.lower() in {".png", ".jpg", ".jpeg"}
+    )
+    if not files:
+        raise UserError(f"model.data={data}: no .png or .jpg files there")
+    chosen = [files[int(i)] for i in torch.randint(len(files), (count,), generator=generator)]
+    from torchvision.io import ImageReadMode, read_image
+
+    return torch.stack([read_image(str(file), ImageReadMode.RGB).float() / 127.5 - 1 for file in chosen])
+
+
+def encode(pipe: DiffusionPipeline, images: Tensor) -> Tensor:
+    """Images in the space the denoiser works in: the VAE's latents where the pipeline has one, else as they are."""
+    vae = getattr(pipe, "vqvae", None) or getattr(pipe, "vae", None)
+    if vae is None:
+        return images
+    with torch.no_grad():
+        encoded = vae.encode(images.to(vae.device, vae.dtype))
+    latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
+    return (latents * getattr(vae.config, "scaling_factor", 1.0)).float().cpu()

@@ -1,0 +1,298 @@
+"""Types of the configuration, and what is done with it before anything heavy is imported. Values live in conf/; no torch here."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dqbench.errors import UserError
+
+NOT_HASHED = ("hydra", "tracking", "paths", "runtime", "table", "debug")
+THROUGHPUT = {"sampler": ("batch_size",)}  # changes how fast a result comes, not the result
+OFF = (16, 32)  # bit-widths that mean "not quantized"
+
+
+@dataclass
+class Model:
+    """Where a pipeline comes from and what is special about its family. Patterns are fnmatch on module names."""
+
+    name: str
+    path: str  # zoo:NAME, a diffusers folder, or a hub id
+    version: int
+    pipeline: str  # class with from_pretrained that loads and samples it
+    denoiser: str  # attribute of the pipeline that is quantized
+    dtype: str
+    data: str | None  # real images: a registered dataset or a folder
+    prompts: str | None  # file with one prompt per line
+    num_classes: int | None  # class-conditional models: sample i gets class i mod num_classes
+    units: list[str]  # reconstruction units; the outermost match wins, other layers are units of their own
+    official_order: list[str]  # the authors' registration order; empty: execution order
+    shortcuts: list[str]  # convs whose input is a skip concatenation
+    time_embedding: list[str]
+    architecture: dict[str, Any]
+    inputs: dict[str, Any]
+
+
+@dataclass
+class Bits:
+    """Bit-widths, 2..8; 16 and 32 switch the quantizer off."""
+
+    weight: int
+    act: int
+    attention: int  # q, k, v at the attention matmuls
+    softmax: int
+
+
+@dataclass
+class Recon:
+    """Reconstruction: AdaRound weight phase, then the activation-step phase. Q-Diffusion sections 1.7, 1.8 of the release."""
+
+    iters: int
+    iters_act: int
+    batch_size: int
+    lr: float
+    lr_act: float
+    p: float
+    p_act: float
+    penalty: float
+    warmup: float
+    beta: list[float]
+    asymmetric: bool  # weight phase sees the quantized prefix's inputs
+    order: str  # execution | official
+    dropout: bool
+    split_penalty: str  # both | first
+    act_init: str  # random | first
+    act_init_samples: int
+
+
+@dataclass
+class Calib:
+    """Which denoiser inputs calibrate: `source` trajectory | noise | image | train_mimic, `policy` uniform | normal | fixed."""
+
+    source: str
+    policy: str
+    chains: int  # full-precision sampling chains recorded
+    steps: int  # uniform: how many sampler steps are kept
+    samples: int  # size of the set; uniform: samples / steps per kept step
+    mean: float  # normal: in units of the number of steps, from the clean end
+    std: float
+    step: int | None  # fixed: position in the sampler's steps
+    official: bool
+
+
+@dataclass
+class Sampler:
+    """A diffusers scheduler and how it is driven."""
+
+    scheduler: str
+    steps: int
+    eta: float
+    spacing: str  # leading | trailing | linspace | quad
+    guidance: float
+    num_samples: int
+    batch_size: int
+    kwargs: dict[str, Any]
+
+
+@dataclass
+class Paths:
+    results: str
+    cache: str
+
+
+@dataclass
+class Runtime:
+    """How, not what: never part of a run's identity."""
+
+    device: str  # auto | cpu | cuda | cuda:N
+    threads: int | None
+    force: bool  # run again although the row exists
+
+
+@dataclass
+class Config:
+    """The root node. method, metrics and tracking are open: build() checks them against their `_target_`."""
+
+    model: Model = MISSING
+    method: Any = MISSING
+    bits: Bits = MISSING
+    recon: Recon = MISSING
+    calib: Calib = MISSING
+    sampler: Sampler = MISSING
+    metrics: Any = MISSING
+    tracking: Any = MISSING
+    paths: Paths = MISSING
+    runtime: Runtime = MISSING
+    seed: int = MISSING
+    table: Any = None
+
+
+def register() -> None:
+    """Make the schema, the `run_id` resolver and the search path of sweeps/ known to Hydra. Safe to call twice."""
+    from dqbench.launching.searchpath import register_search_path
+
+    ConfigStore.instance().store(name="schema", node=Config)
+    OmegaConf.register_new_resolver("run_id", lambda *, _root_: run_id(_root_), replace=True)
+    register_search_path()
+
+
+def data_root() -> Path:
+    """The folder that holds conf/ and sweeps/: the repository of a checkout, else the installed package."""
+    package = Path(__file__).resolve().parent
+    return package.parent if (package.parent / "conf" / "config.yaml").exists() else package
+
+
+def identity(cfg: DictConfig) -> dict[str, Any]:
+    """What a run's numbers depend on: the resolved config without NOT_HASHED and THROUGHPUT."""
+    content = {key: plain(cfg._get_node(key)) for key in cfg if key not in NOT_HASHED}
+    for group, keys in THROUGHPUT.items():
+        content[group] = {key: value for key, value in content[group].items() if key not in keys}
+    return content
+
+
+def plain(node: Any) -> Any:
+    """Resolved plain containers of an OmegaConf node or value."""
+    if OmegaConf.is_config(node):
+        return OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
+    return node._value() if hasattr(node, "_value") else node
+
+
+def digest(content: Any) -> str:
+    """12 hex digits of the SHA-256 of canonical JSON."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def run_id(cfg: DictConfig) -> str:
+    """The run's name: digest of identity(cfg)."""
+    return digest(identity(cfg))
+
+
+def build(node: DictConfig) -> Any:
+    """Validate `node` against its `_target_` dataclass (keys, types, nothing missing), then construct it."""
+    import hydra
+
+    cls = hydra.utils.get_class(node._target_)
+    values = {key: value for key, value in node.items() if not key.startswith("_")}
+    unknown = values.keys() - {field.name for field in fields(cls)}
+    if unknown:
+        raise UserError(f"{cls.__name__} has no key {', '.join(sorted(unknown))}; allowed: {names(cls)}")
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), values))
+
+
+def names(cls: type) -> str:
+    """The fields of a dataclass, for an error line."""
+    return ", ".join(field.name for field in fields(cls))
+
+
+def compose(overrides: list[str]) -> DictConfig:
+    """The resolved-on-access config for command-line overrides, as `python -m dqbench` would see it."""
+    import hydra
+    from hydra.core.global_hydra import GlobalHydra
+
+    register()
+    if GlobalHydra.instance().is_initialized():
+        return hydra.compose("config", overrides)
+    with hydra.initialize_config_dir(str(data_root() / "conf"), version_base="1.3"):
+        return hydra.compose("config", overrides)
+
+
+def expand(overrides: list[str]) -> Iterator[list[str]]:
+    """The cells of a sweep as lists of overrides, in Hydra's own order (its basic sweeper does the splitting)."""
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    parsed = OverridesParser.create().parse_overrides(overrides=overrides)
+    for batch in BasicSweeper.split_arguments(parsed, max_batch_size=None):
+        yield from (list(cell) for cell in batch)
+
+
+def check(cfg: DictConfig) -> None:
+    """Raise UserError for values that no schema type excludes. Imports nothing heavy."""
+    for key, bits in cfg.bits.items():
+        if not (2 <= bits <= 8 or bits in OFF):
+            raise UserError(f"bits.{key}={bits} is not supported; allowed: 2 to 8, or 16 and 32 for full precision")
+    for key, value, allowed in (
+        ("sampler.spacing", cfg.sampler.spacing, ("leading", "trailing", "linspace", "quad")),
+        ("calib.source", cfg.calib.source, ("trajectory", "noise", "image", "train_mimic")),
+        ("calib.policy", cfg.calib.policy, ("uniform", "normal", "fixed")),
+        ("recon.order", cfg.recon.order, ("execution", "official")),
+        ("recon.split_penalty", cfg.recon.split_penalty, ("both", "first")),
+        ("recon.act_init", cfg.recon.act_init, ("random", "first")),
+        ("model.dtype", cfg.model.dtype, ("float32", "float16", "bfloat16")),
+    ):
+        if value not in allowed:
+            raise UserError(f"{key}={value} is unknown; allowed: {', '.join(allowed)}")
+    check_ranges(cfg)
+
+
+def check_ranges(cfg: DictConfig) -> None:
+    """Raise UserError for numbers outside their range."""
+    for key, value, low, high in (
+        ("sampler.steps", cfg.sampler.steps, 1, 1000),
+        ("sampler.eta", cfg.sampler.eta, 0, 1),
+        ("sampler.num_samples", cfg.sampler.num_samples, 2, None),
+        ("sampler.batch_size", cfg.sampler.batch_size, 1, None),
+        ("calib.chains", cfg.calib.chains, 1, None),
+        ("calib.samples", cfg.calib.samples, 1, None),
+        ("calib.steps", cfg.calib.steps, 1, cfg.sampler.steps if cfg.calib.policy == "uniform" else None),
+        ("calib.step", cfg.calib.step or 0, 0, cfg.sampler.steps - 1),
+        ("calib.std", cfg.calib.std, 0, None),
+        ("recon.iters", cfg.recon.iters, 0, None),
+        ("recon.iters_act", cfg.recon.iters_act, 0, None),
+        ("recon.batch_size", cfg.recon.batch_size, 1, None),
+        ("recon.warmup", cfg.recon.warmup, 0, 1),
+        ("recon.act_init_samples", cfg.recon.act_init_samples, 1, None),
+        ("seed", cfg.seed, 0, None),
+    ):
+        if value < low or (high is not None and value > high):
+            limit = f"{low} to {high}" if high is not None else f"{low} or more"
+            raise UserError(f"{key}={value} is out of range; allowed: {limit}")
+
+
+def split_json(argv: list[str]) -> tuple[list[str], Path | None]:
+    """Split `json=PATH` off a reporting command's arguments."""
+    targets = [Path(arg.removeprefix("json=")) for arg in argv if arg.startswith("json=")]
+    return [arg for arg in argv if not arg.startswith("json=")], targets[-1] if targets else None
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error as one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+@contextmanager
+def exit_status() -> Iterator[None]:
+    """Turn what a user can mend into one line on stderr and exit status 2. DQBENCH_DEBUG=1 keeps the traceback."""
+    from hydra.errors import HydraException
+
+    try:
+        yield
+    except (UserError, HydraException, OmegaConfBaseException) as error:
+        if os.environ.get("DQBENCH_DEBUG"):
+            raise
+        print(f"dqbench: {one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def command(main: Callable[[list[str]], None]) -> Callable[[], None]:
+    """Make a reporting command of `main(argv)`: bad input is one line and status 2."""
+
+    @functools.wraps(main)
+    def wrapped() -> None:
+        with exit_status():
+            main(sys.argv[1:])
+
+    return wrapped

@@ -1,0 +1,267 @@
+"""MACs -> bit operations, model size, bits per weight, from the architecture alone: nothing is loaded or computed.
+
+python -m dqbench.cost model=ddpm_cifar10 bits=w4a8 [json=PATH]
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from math import ceil
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from dqbench.config import Bits, check, command, compose, split_json
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from torch import nn
+
+    from dqbench.quant.plan import Plan
+
+FULL_PRECISION = "dqbench.methods.fp32.FP32"
+SCALE_BITS = 32
+OTHER = "norms and other parameters"
+CONVENTION = (
+    "BOPs = sum over conv and linear layers of MACs x weight bits x activation bits, full precision 32 x 32; "
+    "attention matmuls excluded (bops_with_attention adds QK^T at attention x attention bits and softmax V at "
+    "softmax x attention bits); one denoiser forward, batch 1, no guidance doubling; size = all parameters of the "
+    "denoiser, 32 bits where not quantized (biases and norms always), plus per quantization group of weights and "
+    "activations a 32-bit scale and a zero point of the quantizer's own width, every tensor rounded up to whole "
+    "bytes; bits per weight = that over the quantized weights alone; MB = 10^6 bytes"
+)
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """What one layer multiplies in one forward at batch 1, and holds."""
+
+    name: str
+    kind: str  # conv | linear | attention_qk | attention_sv | other
+    macs: int
+    weights: int  # elements of the weight of a conv or linear: what a plan quantizes
+    others: int  # biases, norms, embeddings: 32 bits always
+
+    @property
+    def params(self) -> int:
+        return self.weights + self.others
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Totals of a denoiser under a plan."""
+
+    params: int
+    macs: int  # conv and linear
+    macs_attention: int
+    bops: int
+    bops_fp32: int
+    bops_with_attention: int
+    bops_fp32_with_attention: int
+    size_bytes: int
+    size_bytes_fp32: int
+    bits_per_weight: float
+    convention: str
+
+
+def layers(denoiser: nn.Module, inputs: Mapping[str, Any]) -> list[LayerCost]:
+    """The layers of `denoiser` in execution order, then those that do not run, then all other parameters as one entry.
+
+    `inputs`: shapes of one forward without the batch dimension. The denoiser may be on the meta device or loaded.
+    """
+    from dqbench.architectures import count_macs
+    from dqbench.quant.plan import LAYER_TYPES
+
+    held = {name: layer for name, layer in denoiser.named_modules() if isinstance(layer, LAYER_TYPES)}
+    found = []
+    for (name, kind), macs in count_macs(denoiser, inputs).items():
+        found.append(of_layer(name, kind, macs, held.pop(name, None)))
+    found += [of_layer(name, "linear" if layer.weight.ndim == 2 else "conv", 0, layer) for name, layer in held.items()]
+    rest = sum(p.numel() for p in denoiser.parameters()) - sum(layer.params for layer in found)
+    return [*found, LayerCost(OTHER, "other", 0, 0, rest)]
+
+
+def of_layer(name: str, kind: str, macs: int, layer: nn.Module | None) -> LayerCost:
+    """`layer` is None for an attention matmul, which holds nothing."""
+    weights = layer.weight.numel() if layer is not None else 0
+    total = sum(p.numel() for p in layer.parameters()) if layer is not None else 0
+    return LayerCost(name, kind, macs, weights, total - weights)
+
+
+def cost(layers: Sequence[LayerCost], plan: Plan, bits: Bits) -> Cost:
+    """The totals; `bits` gives the widths of the attention matmuls, `plan` those of the layers."""
+    matmuls = [layer for layer in layers if is_attention(layer)]
+    products = [layer for layer in layers if not is_attention(layer)]
+    chosen = [layer for layer in products if layer.name in plan and plan[layer.name].weight < 16] or products
+    weights = sum(layer.weights for layer in chosen)
+    macs, macs_attention = sum(layer.macs for layer in products), sum(layer.macs for layer in matmuls)
+    bops, bops_attention = (sum(bops_of(layer, plan, bits) for layer in part) for part in (products, matmuls))
+    return Cost(
+        params=sum(layer.params for layer in layers),
+        macs=macs,
+        macs_attention=macs_attention,
+        bops=round(bops),
+        bops_fp32=macs * 32 * 32,
+        bops_with_attention=round(bops + bops_attention),
+        bops_fp32_with_attention=(macs + macs_attention) * 32 * 32,
+        size_bytes=sum(bytes_of(layer, plan, bits) for layer in layers),
+        size_bytes_fp32=sum(4 * layer.params for layer in layers),
+        bits_per_weight=8 * sum(weight_bytes(layer, plan) for layer in chosen) / weights,
+        convention=CONVENTION,
+    )
+
+
+def is_attention(layer: LayerCost) -> bool:
+    """Whether `layer` is a matmul of two activations."""
+    return layer.kind in ("attention_qk", "attention_sv")
+
+
+def widths_of(layer: LayerCost, plan: Plan, bits: Bits) -> tuple[float, float]:
+    """Bit-widths of the two factors of a layer's products."""
+    if layer.kind == "attention_qk":
+        return bits.attention, bits.attention
+    if layer.kind == "attention_sv":
+        return bits.softmax, bits.attention
+    return (plan[layer.name].weight, plan[layer.name].act) if layer.name in plan else (32, 32)
+
+
+def bops_of(layer: LayerCost, plan: Plan, bits: Bits) -> float:
+    """MACs x bits x bits."""
+    left, right = widths_of(layer, plan, bits)
+    return layer.macs * left * right
+
+
+def bytes_of(layer: LayerCost, plan: Plan, bits: Bits) -> int:
+    """Bytes stored for a layer: weight, biases, and the parameters of its quantizers."""
+    if is_attention(layer):
+        return sum(qparam_bytes(1, width) for width in widths_of(layer, plan, bits))
+    act = qparam_bytes(plan[layer.name].act_groups, plan[layer.name].act) if layer.name in plan else 0
+    return weight_bytes(layer, plan) + 4 * layer.others + act
+
+
+def weight_bytes(layer: LayerCost, plan: Plan) -> int:
+    """Bytes of a layer's weight with its scales, zero points, codebooks and indices."""
+    if layer.name not in plan:
+        return 4 * layer.weights
+    own = plan[layer.name]
+    codes = whole_bytes(layer.weights * own.weight) + whole_bytes(own.weight_overhead_bits)
+    return codes + qparam_bytes(own.weight_groups, own.weight)
+
+
+def qparam_bytes(groups: int, n_bits: float) -> int:
+    """Bytes of `groups` scales and zero points; none where the quantizer is off."""
+    return whole_bytes(groups * SCALE_BITS) + whole_bytes(groups * ceil(n_bits)) if n_bits < 16 else 0
+
+
+def whole_bytes(n_bits: int) -> int:
+    """Bits rounded up to bytes."""
+    return ceil(n_bits / 8)
+
+
+def plan_of(denoiser: nn.Module, cfg: DictConfig) -> tuple[Plan, Bits]:
+    """What the configured method quantizes, as far as the bill goes.
+
+    Read of cfg.method, where present: skip, overrides, weight.granularity, weight.group_size, split, attention.
+    """
+    from dqbench.quant.plan import select, split
+
+    bits: Bits = OmegaConf.to_object(cfg.bits)
+    method = OmegaConf.to_container(cfg.method, resolve=True)
+    if method["_target_"] == FULL_PRECISION:
+        return {}, Bits(32, 32, 32, 32)
+    weight = method.get("weight", {})
+    grouping = {key: weight[key] for key in ("granularity", "group_size") if key in weight}
+    plan = select(denoiser, bits, method.get("skip", []), method.get("overrides", {}), **grouping)
+    if method.get("split"):
+        plan = split(plan, cfg.model.shortcuts)
+    if not method.get("attention", True):
+        bits = replace(bits, attention=32, softmax=32)
+    return plan, bits
+
+
+def report(cfg: DictConfig) -> dict[str, Any]:
+    """The bill of a composed config: {model, bits, total, layers}; the denoiser is built without weights."""
+    from dqbench.architectures import build
+    from dqbench.models import architecture
+
+    model = OmegaConf.to_object(cfg.model)
+    denoiser = build(architecture(model))
+    found = layers(denoiser, model.inputs)
+    plan, bits = plan_of(denoiser, cfg)
+    return {
+        "model": model.name,
+        "bits": asdict(bits),
+        "total": asdict(cost(found, plan, bits)),
+        "layers": [entry(layer, plan, bits) for layer in found],
+    }
+
+
+def entry(layer: LayerCost, plan: Plan, bits: Bits) -> dict[str, Any]:
+    """One line of the per-layer table."""
+    left, right = widths_of(layer, plan, bits)
+    return {
+        "name": layer.name,
+        "kind": layer.kind,
+        "params": layer.params,
+        "macs": layer.macs,
+        "bits": [left, right],
+        "bops": bops_of(layer, plan, bits),
+        "size_bytes": bytes_of(layer, plan, bits),
+    }
+
+
+def layer_table(entries: Sequence[Mapping[str, Any]]) -> Table:
+    """The per-layer table, for rich."""
+    from rich.table import Table
+
+    table = Table("kind", box=None)
+    table.add_column("layer", overflow="fold")
+    for header in ("params", "MMAC", "bits", "GBOPs", "kB"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for line in entries:
+        bits = "x".join(f"{width:g}" for width in line["bits"])
+        numbers = (f"{line['macs'] / 1e6:,.2f}", bits, f"{line['bops'] / 1e9:,.2f}", f"{line['size_bytes'] / 1e3:,.1f}")
+        table.add_row(line["kind"], line["name"], f"{line['params']:,}", *numbers)
+    return table
+
+
+def total_table(name: str, total: Mapping[str, Any]) -> Table:
+    """The totals beside full precision, for rich."""
+    from rich.table import Table
+
+    table = Table("", "quantized", "fp32", "ratio", title=name)
+    for label, key, unit in (
+        ("GBOPs", "bops", 1e9),
+        ("GBOPs with attention matmuls", "bops_with_attention", 1e9),
+        ("MB", "size_bytes", 1e6),
+    ):
+        full = total[key.replace("bops", "bops_fp32") if "bops" in key else f"{key}_fp32"]
+        table.add_row(label, f"{total[key] / unit:,.3f}", f"{full / unit:,.3f}", f"{full / total[key]:.2f}")
+    table.add_row("bits per weight", f"{total['bits_per_weight']:.3f}", "32", f"{32 / total['bits_per_weight']:.2f}")
+    return table
+
+
+@command
+def main(argv: list[str]) -> None:
+    """Print the bill of the configured model and method; with json=PATH also write it there."""
+    from rich.console import Console
+
+    from dqbench.results import atomic_write
+
+    overrides, path = split_json(argv)
+    cfg = compose(overrides)
+    check(cfg)
+    bill = report(cfg)
+    console, total = Console(), bill["total"]
+    console.print(layer_table(bill["layers"]))
+    console.print(total_table(f"{bill['model']}, {cfg.method.get('_target_', '')}", total))
+    console.print(f"{total['params'] / 1e6:.3f} M parameters, {total['macs'] / 1e9:.3f} GMAC conv and linear")
+    console.print(total["convention"])
+    if path:
+        atomic_write(path, json.dumps(bill, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

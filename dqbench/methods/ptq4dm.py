@@ -1,0 +1,61 @@
+"""PTQ4DM: Post-Training Quantization on Diffusion Models (Shang et al. 2022, arXiv:2211.15736).
+
+Calibration at normally distributed time steps (NDTC, Eq. 15; conf/calib/ndtc.yaml), its own 100-candidate symmetric range
+search, running activation ranges, no learning. Table 1's operation selection quantizes the sampler's mean, variance, sample.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+
+from dqbench.calibration import CalibrationSet
+from dqbench.config import Bits
+from dqbench.models import clone, denoiser
+from dqbench.quant.attach import calibrating, freeze, prepare, quantize_attention, quantize_inputs
+from dqbench.quant.plan import matches, select
+from dqbench.quant.quantizers import ActRule, WeightRule
+from dqbench.schedulers import quantize_operations
+
+BATCH = 256  # the release's calibration batch; running ranges depend on it
+
+
+@dataclass
+class PTQ4DM:
+    name: str
+    version: int
+    skip: list[str]  # fnmatch patterns of layers kept in full precision
+    overrides: dict[str, Any]  # pattern -> {weight, act} bits of its own
+    weight: WeightRule
+    act: ActRule
+    act_site: str  # input | output: which side of a layer is quantized
+    full_output: list[str]  # with act_site output: layers whose output stays in full precision
+    attention: bool  # quantize the attention matmuls
+    quantize_mu: bool  # 8-bit mean of the sampler's step
+    quantize_sigma: bool  # 8-bit standard deviation of the sampler's step
+    quantize_x: bool  # 8-bit x_{t-1}
+
+    @torch.no_grad()
+    def __call__(self, pipe: DiffusionPipeline, calib: CalibrationSet, bits: Bits) -> DiffusionPipeline:
+        """Weights by the symmetric search; activation ranges run along the calibration set, weights and activations on."""
+        quantized = clone(pipe)
+        student = denoiser(quantized)
+        plan = select(student, bits, self.skip, self.overrides, self.weight.granularity, self.weight.group_size)
+        layers = prepare(student, plan, self.weight, splits={})
+        observed = {name: item for name, item in layers.items() if not matches(name, self.full_output)}
+        quantize_inputs(observed, signed=False, site=self.act_site)
+        if self.attention:
+            quantize_attention(student, bits, signed=False, signed_softmax=False)
+        with calibrating(student, self.act):
+            for batch in calib.batches(BATCH, pipe.device):
+                student(**batch)
+        freeze(student)
+        operations = {"mu": self.quantize_mu, "sigma": self.quantize_sigma, "x": self.quantize_x}
+        if chosen := [name for name, on in operations.items() if on]:
+            bound = float(np.abs(calib.inputs["sample"]).max())
+            quantized.scheduler = quantize_operations(quantized.scheduler, chosen, bound)
+        return quantized

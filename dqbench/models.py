@@ -1,0 +1,198 @@
+"""Load a diffusers pipeline, and say what is special about its family (its anatomy)."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import importlib
+import inspect
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, UNet2DModel, VQModel
+from diffusers.utils.logging import disable_progress_bar
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor, nn
+
+from dqbench.config import Model
+from dqbench.errors import UserError
+from dqbench.stages import sha256
+
+disable_progress_bar()  # of loading components; the stages have their own
+
+ZOO = Path(__file__).parent / "zoo"
+DEFAULT_UNITS = ["*.resnets.?", "*.attentions.?", "*transformer_blocks.?", "*transformer_blocks.??"]
+
+
+class UnconditionalPipeline(DiffusionPipeline):
+    """Unconditional sampling with any diffusers scheduler, in pixels or in the latents of a VAE.
+
+    diffusers' own DDPM, DDIM and LDM pipelines each fix the scheduler, or drop `eta` or the generators on the way to
+    `scheduler.step`; this one hands on whatever the scheduler's `step` takes, as the Stable Diffusion pipeline does.
+    """
+
+    _optional_components = ["vqvae"]
+
+    def __init__(self, unet: UNet2DModel, scheduler: Any, vqvae: VQModel | AutoencoderKL | None = None) -> None:
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler, vqvae=vqvae)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        generator: Sequence[torch.Generator],
+        num_inference_steps: int = 50,
+        eta: float = 0.0,
+        output_type: str = "np",
+    ) -> ImagePipelineOutput:
+        """Sample len(generator) images in [0, 1]: "np" [B, H, W, C] or "pt" [B, C, H, W]."""
+        config, device = self.unet.config, self._execution_device
+        size = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else tuple(config.sample_size)
+        shape = (len(generator), config.in_channels, *size)
+        x_t = randn_tensor(shape, generator=list(generator), device=device, dtype=self.unet.dtype)
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        x_t = x_t * self.scheduler.init_noise_sigma
+        extra = {"eta": eta, "generator": list(generator)}
+        accepted = inspect.signature(self.scheduler.step).parameters
+        extra = {key: value for key, value in extra.items() if key in accepted}
+        for t in self.progress_bar(self.scheduler.timesteps):
+            eps = self.unet(self.scheduler.scale_model_input(x_t, t), t).sample
+            x_t = self.scheduler.step(eps, t, x_t, **extra).prev_sample
+        return ImagePipelineOutput(self._images(x_t, output_type))
+
+    def _images(self, x_0: Tensor, output_type: str) -> Any:
+        if self.vqvae is not None:
+            x_0 = self.vqvae.decode(x_0 / getattr(self.vqvae.config, "scaling_factor", 1.0)).sample
+        images = (x_0 / 2 + 0.5).clamp(0, 1)
+        return images if output_type == "pt" else images.float().cpu().permute(0, 2, 3, 1).numpy()
+
+
+def resolve(model: Model) -> str:
+    """The folder or hub id behind `model.path`. Raises UserError where `zoo:NAME` or a folder does not exist."""
+    if model.path.startswith("zoo:"):
+        folder = ZOO / model.path.removeprefix("zoo:")
+        if not folder.is_dir():
+            shipped = ", ".join(sorted(path.parent.name for path in ZOO.glob("*/model_index.json")))
+            raise UserError(f"model.path={model.path}: no such miniature; shipped: {shipped}")
+        return str(folder)
+    looks_local = model.path.startswith((".", "/", "~")) or os.sep != "/" and os.sep in model.path
+    folder = Path(model.path).expanduser()
+    if folder.is_dir() and not (folder / "model_index.json").exists():
+        raise UserError(f"model.path={model.path} is no diffusers pipeline: {folder / 'model_index.json'} is missing")
+    if looks_local and not folder.is_dir():
+        raise UserError(f"model.path={model.path}: no such folder; give a diffusers folder or a hub id")
+    return str(folder) if folder.is_dir() else model.path
+
+
+def load(model: Model, device: str = "cpu") -> DiffusionPipeline:
+    """The full-precision pipeline of `model` in eval mode, without gradients, its anatomy attached."""
+    path = resolve(model)
+    try:
+        pipe = locate(model.pipeline).from_pretrained(
+            path, dtype=getattr(torch, model.dtype), local_files_only=offline()
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(missing_checkpoint(model, path, error)) from error
+    pipe.to(device)
+    pipe.set_progress_bar_config(disable=True)
+    attach_anatomy(pipe, model)
+    denoiser(pipe).requires_grad_(False).eval()
+    return pipe
+
+
+def missing_checkpoint(model: Model, path: str, error: Exception) -> str:
+    """One line: which checkpoint could not be loaded, why, and how to provide it."""
+    reason = " ".join(str(error).split())[:160]
+    if Path(path).is_dir():
+        return f"model {model.name}: the pipeline in {path} cannot be loaded: {reason}"
+    return (
+        f"model {model.name}: {path}/model_index.json was not found on the hub or in its cache ({reason}); "
+        f"download it with `hf download {path}`, or give a diffusers folder as model.path=FOLDER"
+    )
+
+
+def offline() -> bool:
+    """Whether the hub must not be asked."""
+    return os.environ.get("HF_HUB_OFFLINE", "").lower() in {"1", "true", "yes", "on"}
+
+
+def locate(name: str) -> type:
+    """The class behind a dotted name; UserError where there is none."""
+    module, _, attribute = name.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"{name} is not an importable class ({error})") from error
+
+
+def attach_anatomy(pipe: DiffusionPipeline, model: Model) -> None:
+    """Let the pipeline carry its family's patterns, so that a method needs nothing else."""
+    pipe.anatomy = model
+
+
+def anatomy(pipe: DiffusionPipeline) -> Model:
+    """The family's patterns; for a pipeline made in memory, those of diffusers' usual names."""
+    if (model := getattr(pipe, "anatomy", None)) is not None:
+        return model
+    name = next(name for name in ("unet", "transformer") if getattr(pipe, name, None) is not None)
+    kind = type(pipe)
+    return Model(
+        name=kind.__name__, path="", version=0, pipeline=f"{kind.__module__}.{kind.__qualname__}", denoiser=name,
+        dtype="float32", data=None, prompts=None, num_classes=None, units=DEFAULT_UNITS, official_order=[],
+        shortcuts=["up_blocks.*.conv_shortcut"], time_embedding=["time_embedding.*", "*.time_emb_proj"],
+        architecture={}, inputs={},
+    )  # fmt: skip
+
+
+def denoiser(pipe: DiffusionPipeline) -> nn.Module:
+    """The network that is quantized."""
+    return getattr(pipe, anatomy(pipe).denoiser)
+
+
+def clone(pipe: DiffusionPipeline) -> DiffusionPipeline:
+    """A pipeline with a denoiser and a scheduler of its own; text encoders and VAE are shared with `pipe`."""
+    twin = copy.copy(pipe)
+    name = anatomy(pipe).denoiser
+    setattr(twin, name, copy.deepcopy(getattr(pipe, name)))
+    twin.scheduler = copy.deepcopy(pipe.scheduler)
+    return twin
+
+
+def architecture(model: Model) -> dict[str, Any]:
+    """The denoiser's config with `_class_name`: from the model's YAML, else from the folder's config.json."""
+    if model.architecture:
+        return dict(model.architecture)
+    file = Path(resolve(model)) / model.denoiser / "config.json"
+    if not file.exists():
+        raise UserError(f"model {model.name}: neither model.architecture nor {file} is there")
+    return json.loads(file.read_text())
+
+
+def checkpoint_hash(model: Model) -> str:
+    """SHA-256 over the names and contents of a pipeline folder; a hub id is hashed by its cached snapshot's commit."""
+    path = resolve(model)
+    if not Path(path).is_dir():
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(path, local_files_only=True)).name
+    total = hashlib.sha256()
+    for file in sorted(Path(path).rglob("*")):
+        if file.suffix in {".safetensors", ".json", ".bin", ".txt", ".model"}:
+            total.update(f"{file.relative_to(path).as_posix()} {sha256(file)}\n".encode())
+    return total.hexdigest()
+
+
+def conditions(model: Model, indices: Sequence[int]) -> dict[str, list[Any]]:
+    """What the pipeline is conditioned on for samples `indices`: class i mod num_classes, prompt i mod their number."""
+    if model.num_classes:
+        return {"class_labels": [i % model.num_classes for i in indices]}
+    if model.prompts:
+        if not (file := Path(model.prompts).expanduser()).exists():
+            raise UserError(f"model.prompts={model.prompts}: no such file; give a text file with one prompt per line")
+        prompts = file.read_text().splitlines()
+        return {"prompt": [prompts[i % len(prompts)] for i in indices]}
+    return {}

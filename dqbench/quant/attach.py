@@ -1,0 +1,219 @@
+"""Module tree -> module tree: select -> prepare -> (reconstruct) -> quantize_inputs -> calibrating -> freeze.
+
+The only file that knows hooks and parametrizations. Weights are baked into plain layers; activations get one child
+`act_quantizer` and one pre-hook (or post-hook), attention matmuls a processor. Layer types and the original keys of the
+state dict stay as they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode
+
+from dqbench.config import OFF, Bits
+from dqbench.progress import track
+from dqbench.quant.attention import PARTS, QuantAttnProcessor, attention_layers
+from dqbench.quant.functional import fake_quantize
+from dqbench.quant.plan import Plan
+from dqbench.quant.quantizers import (
+    ActQuantizer,
+    ActRule,
+    AdaRound,
+    Grid,
+    Observer,
+    SplitQuantizer,
+    WeightRule,
+    act_quantizers,
+    weight_grid,
+)
+
+
+@dataclass
+class QuantLayer:
+    """A quantized conv or linear: its full-precision weight, its grid (None: weight not quantized), its bits and split."""
+
+    layer: nn.Module
+    weight: Tensor
+    grid: Grid | None
+    act_bits: int
+    split: int
+
+
+def prepare(student: nn.Module, plan: Plan, rule: WeightRule, splits: dict[str, int]) -> dict[str, QuantLayer]:
+    """Round the weights of the planned layers to nearest, in place; each keeps its original in its QuantLayer."""
+    student.plan = plan  # what the bill of a quantized pipeline is made from
+    layers = {}
+    for name, bits in track(plan.items(), "choose weight grids", len(plan)):
+        layer, split = student.get_submodule(name), splits.get(name, 0)
+        weight = layer.weight.detach().clone()
+        grid = None if bits.weight in OFF else weight_grid(weight, bits.weight, rule, split)
+        layers[name] = QuantLayer(layer, weight, grid, int(bits.act), split)
+        if grid is not None:
+            layer.weight.data = fake_quantize(weight, grid.scale, grid.zero_point, grid.qmin, grid.qmax)
+    return layers
+
+
+@contextmanager
+def rounding(layers: Iterable[QuantLayer], first_half_only: bool) -> Iterator[list[AdaRound]]:
+    """Inside: the layers' weights are AdaRound parametrizations. After: plain layers again, hard-rounded."""
+    layers = [item for item in layers if item.grid is not None]
+    rounders = [
+        AdaRound(item.weight, item.grid, item.split if first_half_only and item.split else None) for item in layers
+    ]
+    for item, rounder in zip(layers, rounders, strict=True):
+        parametrize.register_parametrization(item.layer, "weight", rounder)
+    try:
+        yield rounders
+    finally:
+        for item, rounder in zip(layers, rounders, strict=True):
+            parametrize.remove_parametrizations(item.layer, "weight", leave_parametrized=False)
+            item.layer.weight.data = rounder.hard()
+
+
+def quantize_inputs(layers: dict[str, QuantLayer], signed: bool, site: str = "input") -> None:
+    """Attach an activation quantizer to every planned layer, on its input, or on its output (site: output, PTQ4DM)."""
+    for item in layers.values():
+        if item.act_bits not in OFF:
+            cls = (
+                (lambda *args, split=item.split: SplitQuantizer(split, *args))
+                if item.split and site == "input"
+                else ActQuantizer
+            )
+            attach_act_quantizer(item.layer, cls(item.act_bits, signed), site)
+
+
+def attach_act_quantizer(layer: nn.Module, quantizer: nn.Module, site: str) -> None:
+    """Make `quantizer` the layer's child and let a hook apply it to the layer's first input, or to its output."""
+    layer.act_quantizer = quantizer.to(layer.weight.device)
+    layer.act_site = site
+    if site == "input":
+        layer.register_forward_pre_hook(_quantize_input)
+    else:
+        layer.register_forward_hook(_quantize_output)
+
+
+def _quantize_input(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (layer.act_quantizer(args[0]), *args[1:])
+
+
+def _quantize_output(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    return layer.act_quantizer(output)
+
+
+def quantize_attention(student: nn.Module, bits: Bits, signed: bool, signed_softmax: bool) -> None:
+    """Give every attention module quantizers for q, k, v at bits.attention and for the softmax output at bits.softmax."""
+    for attn in attention_layers(student).values():
+        quantizers = {}
+        for part in PARTS:
+            n_bits = bits.softmax if part == "softmax" else bits.attention
+            if n_bits not in OFF:
+                quantizers[part] = ActQuantizer(n_bits, signed_softmax if part == "softmax" else signed)
+        if quantizers:
+            attn.set_processor(QuantAttnProcessor(quantizers).to(next(attn.parameters()).device))
+
+
+@contextmanager
+def calibrating(student: nn.Module, rule: ActRule, softmax_rule: ActRule | None = None) -> Iterator[None]:
+    """Inside: activation quantizers choose their ranges from what passes through. Softmax outputs keep zero_point 0."""
+    softmax = {
+        attn.processor.quantizers["softmax"]
+        for attn in _quantized_attention(student)
+        if "softmax" in attn.processor.quantizers
+    }
+    quantizers = act_quantizers(student)
+    for quantizer in quantizers:
+        is_softmax = quantizer in softmax and not quantizer.signed
+        own = softmax_rule if quantizer in softmax and softmax_rule is not None else rule
+        quantizer.observer = Observer(own, quantizer.n_bits, always_zero=is_softmax)
+    try:
+        yield
+    finally:
+        for quantizer in quantizers:
+            quantizer.observer = None
+
+
+def _quantized_attention(student: nn.Module) -> list[nn.Module]:
+    return [attn for attn in attention_layers(student).values() if isinstance(attn.processor, QuantAttnProcessor)]
+
+
+def installed(student: nn.Module, bits: Bits) -> tuple[Plan, Bits]:
+    """What is really quantized in `student`: its layers, and `bits` without attention widths that nothing uses."""
+    parts = {part for attn in _quantized_attention(student) for part in attn.processor.quantizers}
+    attention, softmax = (width if used else 32 for width, used in ((bits.attention, "q" in parts), (bits.softmax, "softmax" in parts)))
+    return getattr(student, "plan", {}), replace(bits, attention=attention, softmax=softmax)
+
+
+def freeze(student: nn.Module) -> nn.Module:
+    """No gradients, eval mode: nothing changes from here on."""
+    return student.requires_grad_(False).eval()
+
+
+def find_units(student: nn.Module, patterns: Sequence[str], layers: dict[str, QuantLayer]) -> dict[str, list[str]]:
+    """Reconstruction units -> the quantized layers in them, in registration order.
+
+    A module that matches a pattern is a unit, the outermost match wins; a layer outside of any is a unit of its own. Units
+    without a quantized weight are left out.
+    """
+    units: dict[str, list[str]] = {}
+    for name, _ in student.named_modules():
+        parents = name.split(".")
+        owner = next((unit for k in range(len(parents)) if (unit := ".".join(parents[:k])) in units), None)
+        if owner is not None:
+            if name in layers:
+                units[owner].append(name)
+        elif name and any(fnmatchcase(name, pattern) for pattern in patterns):
+            units[name] = []
+        elif name in layers:
+            units[name] = [name]
+    for name in [name for name in units if name in layers and name not in units[name]]:
+        units[name].append(name)
+    return {name: members for name, members in units.items() if members}
+
+
+class _Concatenations(TorchFunctionMode):
+    """Remembers torch.cat results along channels: address of the result -> channels of its first operand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first_channels: dict[int, int] = {}
+        self.alive: list[Tensor] = []  # keeps addresses from being used again
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in (torch.cat, torch.concat) and result.ndim >= 3 and len(args[0]) == 2:
+            self.first_channels[result.data_ptr()] = args[0][0].shape[1]
+            self.alive.append(result)
+        return result
+
+
+@torch.no_grad()
+def skip_splits(student: nn.Module, batch: dict[str, Tensor], patterns: Sequence[str]) -> dict[str, int]:
+    """Convs whose input is a skip concatenation -> channels of its first operand, seen in one forward pass of `batch`."""
+    splits: dict[str, int] = {}
+    handles = []
+    with _Concatenations() as seen:
+        for name, layer in student.named_modules():
+            if any(fnmatchcase(name, pattern) for pattern in patterns):
+                handles.append(layer.register_forward_pre_hook(_split_recorder(name, seen, splits)))
+        try:
+            student(**batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+    return splits
+
+
+def _split_recorder(name: str, seen: _Concatenations, splits: dict[str, int]) -> Callable:
+    def record(layer: nn.Module, args: tuple) -> None:
+        if args[0].data_ptr() in seen.first_channels:
+            splits[name] = seen.first_channels[args[0].data_ptr()]
+
+    return record

@@ -1,0 +1,111 @@
+"""A quantized denoiser on disk: its state dict, and a description of the quantizers that hang on it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from dqbench.config import Model
+from dqbench.errors import UserError
+from dqbench.models import anatomy, attach_anatomy, clone, denoiser, locate
+from dqbench.quant.attach import attach_act_quantizer, freeze
+from dqbench.quant.attention import QuantAttnProcessor, attention_layers
+from dqbench.quant.plan import LayerBits
+from dqbench.quant.quantizers import from_spec
+
+DESCRIPTION, WEIGHTS = "quantization.json", "denoiser.safetensors"
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """What hangs on a quantized network: activation quantizers, quantized attention, the plan of bit-widths."""
+    acts = {
+        name: {"site": layer.act_site, "spec": layer.act_quantizer.spec()}
+        for name, layer in model.named_modules()
+        if hasattr(layer, "act_quantizer")
+    }
+    attention = {
+        name: {part: quantizer.spec() for part, quantizer in attn.processor.quantizers.items()}
+        for name, attn in attention_layers(model).items()
+        if isinstance(attn.processor, QuantAttnProcessor)
+    }
+    plan = {name: asdict(bits) for name, bits in getattr(model, "plan", {}).items()}
+    return {"format": 1, "activations": acts, "attention": attention, "plan": plan}
+
+
+def install(model: nn.Module, description: dict[str, Any]) -> None:
+    """Hang the described quantizers, still without values, on a full-precision network."""
+    for name, item in description["activations"].items():
+        attach_act_quantizer(model.get_submodule(name), from_spec(item["spec"]), item["site"])
+    for name, parts in description["attention"].items():
+        model.get_submodule(name).set_processor(QuantAttnProcessor({part: from_spec(spec) for part, spec in parts.items()}))
+    model.plan = {name: LayerBits(**bits) for name, bits in description["plan"].items()}
+
+
+def save_denoiser(pipe: DiffusionPipeline, folder: Path) -> None:
+    """Write the quantized denoiser and the scheduler's config to `folder`."""
+    model = denoiser(pipe)
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / WEIGHTS)
+    (folder / DESCRIPTION).write_text(json.dumps(describe(model), indent=1))
+    pipe.scheduler.save_pretrained(folder / "scheduler")
+
+
+def load_denoiser(pipe: DiffusionPipeline, folder: Path) -> DiffusionPipeline:
+    """The quantized twin of the full-precision `pipe`, from what save_denoiser() wrote."""
+    twin = clone(pipe)
+    fill(denoiser(twin), folder / DESCRIPTION, folder / WEIGHTS)
+    config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    twin.scheduler = scheduler_class(config["_class_name"], pipe).from_config(config)
+    return twin
+
+
+def scheduler_class(name: str, pipe: DiffusionPipeline) -> type:
+    """The scheduler class a config names: the pipeline's own, one of ours, or diffusers'."""
+    import diffusers
+
+    from dqbench import schedulers
+
+    return type(pipe.scheduler) if name == type(pipe.scheduler).__name__ else getattr(schedulers, name, None) or getattr(diffusers, name)
+
+
+def fill(model: nn.Module, description: Path, weights: Path) -> None:
+    """Install the described quantizers and load every tensor, strictly; then freeze."""
+    install(model, json.loads(description.read_text()))
+    device = next(model.parameters()).device
+    try:
+        model.load_state_dict(load_file(weights))
+    except (SafetensorError, RuntimeError, OSError) as error:
+        raise UserError(f"{weights} does not hold the quantized denoiser described beside it: {str(error)[:160]}") from error
+    freeze(model.to(device))
+
+
+def save_pipeline(pipe: DiffusionPipeline, folder: Path) -> None:
+    """Write a quantized pipeline as a diffusers folder plus quantization.json; load_pipeline() reads it."""
+    pipe.save_pretrained(folder, safe_serialization=True)
+    content = {**describe(denoiser(pipe)), "model": asdict(anatomy(pipe))}
+    (folder / DESCRIPTION).write_text(json.dumps(content, indent=1))
+
+
+def load_pipeline(folder: Path | str, device: str = "cpu") -> DiffusionPipeline:
+    """The quantized pipeline that save_pipeline() wrote, with identical outputs. Raises UserError for another folder."""
+    folder = Path(folder)
+    if not (file := folder / DESCRIPTION).exists():
+        raise UserError(f"{folder} holds no quantized pipeline: {DESCRIPTION} is missing")
+    model = Model(**json.loads(file.read_text())["model"])
+    cls = locate(model.pipeline)
+    network = folder / model.denoiser
+    component = locate(f"diffusers.{json.loads((network / 'config.json').read_text())['_class_name']}")
+    quantized = component.from_config(component.load_config(network))
+    fill(quantized, file, next(network.glob("*.safetensors")))
+    pipe = cls.from_pretrained(folder, local_files_only=True, **{model.denoiser: quantized})
+    pipe.to(torch.device(device))
+    pipe.set_progress_bar_config(disable=True)
+    attach_anatomy(pipe, model)
+    return pipe

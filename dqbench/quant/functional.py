@@ -1,0 +1,181 @@
+"""Uniform affine fake quantization and AdaRound: tensor -> tensor. How a scale is chosen is in ranges.py.
+
+x is represented by scale * (code - zero_point), code = clip(round(x / scale) + zero_point, qmin, qmax).
+Rounding is half to even. Zero points are whole numbers held in floating tensors and may lie outside [qmin, qmax].
+Gradients are those of the straight-through estimator as Q-Diffusion's release uses it (arXiv:2302.04304), not LSQ's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+GAMMA, ZETA = -0.1, 1.1  # the stretched sigmoid's ends, AdaRound (Nagel et al. 2020, arXiv:2004.10568) Eq. 23
+
+
+def qrange(n_bits: int, symmetric: bool) -> tuple[int, int]:
+    """Smallest and largest code of n_bits: [0, 2^b - 1], or [-2^(b-1), 2^(b-1) - 1] when symmetric."""
+    half = 2 ** (n_bits - 1)
+    return (-half, half - 1) if symmetric else (0, 2 * half - 1)
+
+
+def round_ste(x: Tensor) -> Tensor:
+    """Round half to even; the gradient passes straight through."""
+    return x + (torch.round(x) - x).detach()
+
+
+def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
+    """Codes of x, int32 in [qmin, qmax]. x: any shape; scale, zero_point: broadcastable to x."""
+    return (_ratio(x, scale).round_() + zero_point).clamp_(qmin, qmax).to(torch.int32)
+
+
+def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """scale * (codes - zero_point), in scale's dtype."""
+    return (codes.to(scale.dtype) - zero_point) * scale
+
+
+def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
+    """Uniform affine fake quantization. x: any shape; scale, zero_point: broadcastable to x. Returns x's shape, dtype.
+
+    Half-precision x is computed in scale's float32: a 16-bit x / scale would be rounded twice.
+    Gradients: inside the range dy/dx = 1, dy/dscale = round(x / scale) - x / scale; clipped, 0 and bound - zero_point.
+    """
+    # clip(r + z, qmin, qmax) - z == clip(r, qmin - z, qmax - z) for whole numbers: two passes over memory less.
+    lo, hi = qmin - zero_point, qmax - zero_point
+    if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad):
+        return _FakeQuantize.apply(x, scale, lo, hi)
+    return _clip_(_ratio(x, scale).round_(), lo, hi).mul_(scale).to(x.dtype)
+
+
+def _ratio(x: Tensor, scale: Tensor) -> Tensor:
+    # A true division. torch.fake_quantize_* multiplies by 1 / scale, so its codes are equal only where scale is a power
+    # of two, and on CPU it takes 2.5 times as long as these in-place passes: not used.
+    return x.to(torch.promote_types(x.dtype, scale.dtype)) / scale
+
+
+def _clip_(x: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
+    # Two one-sided clips: clamp(min=Tensor, max=Tensor) is not vectorised on CPU when the bounds are broadcast.
+    return x.clamp_min_(lo).clamp_max_(hi)
+
+
+class _FakeQuantize(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
+        ratio = _ratio(x, scale)
+        ctx.save_for_backward(ratio, lo, hi)
+        ctx.scale_shape, ctx.scale_dtype = scale.shape, scale.dtype
+        return _clip_(ratio.round(), lo, hi).mul_(scale).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        ratio, lo, hi = ctx.saved_tensors
+        need_x, need_scale = ctx.needs_input_grad[:2]
+        code = ratio.round()
+        clipped = code.clamp_min(lo).clamp_max_(hi)
+        inside = code.eq_(clipped)  # 1.0 or 0.0: floating masks are vectorised on CPU, boolean ones are not
+        grad_x = (grad * inside).to(grad.dtype) if need_x else None
+        if not need_scale:
+            return grad_x, None, None, None
+        slope = clipped.addcmul_(ratio, inside, value=-1)  # dy/dscale: clip(round(r)) - r inside, the bound outside
+        return grad_x, slope.mul_(grad).sum_to_size(ctx.scale_shape).to(ctx.scale_dtype), None, None
+
+
+def adaround_init(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """floor(weight / scale) and alpha0 with h(alpha0) = weight / scale - floor, so that soft rounding starts at weight.
+
+    alpha0 = -ln((zeta - gamma) / (rest - gamma) - 1), rest in [0, 1). Shapes: weight's.
+    """
+    ratio = weight / scale
+    floor = torch.floor(ratio)
+    return floor, -torch.log((ZETA - GAMMA) / (ratio - floor - GAMMA) - 1)
+
+
+def rectified_sigmoid(alpha: Tensor) -> Tensor:
+    """h(alpha) = clip(sigmoid(alpha) * (zeta - gamma) + gamma, 0, 1), AdaRound Eq. 23."""
+    return (torch.sigmoid(alpha) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
+
+
+def adaround_hard(floor: Tensor, alpha: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
+    """Rounded weights: scale * (clip(floor + [alpha >= 0] + z, qmin, qmax) - z). Shape: alpha's."""
+    rounded = floor + (alpha.detach() >= 0)
+    return _clip_(rounded, qmin - zero_point, qmax - zero_point).mul_(scale)
+
+
+def adaround(floor: Tensor, alpha: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
+    """Soft weights: scale * (clip(floor + h(alpha) + z, qmin, qmax) - z), differentiable in alpha. Shape: alpha's."""
+    return adaround_soft(alpha, *adaround_grid(floor, scale, zero_point, qmin, qmax))
+
+
+def adaround_grid(floor: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> tuple[Tensor, Tensor]:
+    """(base, step) with soft weights = base + step * h: what of `adaround` does not change while alpha is learned.
+
+    step is 0 where the clip leaves floor and floor + 1 the same code; such elements get no gradient.
+    """
+    low = floor.clamp(qmin - zero_point, qmax - zero_point)
+    high = (floor + 1).clamp(qmin - zero_point, qmax - zero_point)
+    return low * scale, (high - low) * scale
+
+
+def adaround_soft(alpha: Tensor, base: Tensor, step: Tensor) -> Tensor:
+    """Soft weights base + step * h(alpha). All of one shape; differentiable in alpha; base, step: `adaround_grid`."""
+    return _AdaRound.apply(alpha, base, step)
+
+
+def adaround_soft_penalty(alpha: Tensor, base: Tensor, step: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """`adaround_soft` and `adaround_penalty` in one evaluation of h: (soft weights, scalar penalty). beta > 1."""
+    return _AdaRoundPenalty.apply(alpha, base, step, beta)
+
+
+def adaround_penalty(alpha: Tensor, beta: float, mask: Tensor | None = None) -> Tensor:
+    """SUM over elements (times mask, broadcastable) of 1 - |2 h(alpha) - 1|^beta, AdaRound Eq. 24. Scalar."""
+    penalty = 1 - (2 * rectified_sigmoid(alpha) - 1).abs().pow(beta)
+    return (penalty if mask is None else penalty * mask).sum()
+
+
+def _stretch(alpha: Tensor) -> tuple[Tensor, Tensor]:
+    """h(alpha) and dh/dalpha, which is 0 where h is saturated."""
+    sigmoid = torch.sigmoid(alpha)
+    stretched = (sigmoid * (ZETA - GAMMA)).add_(GAMMA)
+    h = stretched.clamp(0, 1)
+    live = stretched.eq_(h)
+    return h, torch.addcmul(sigmoid, sigmoid, sigmoid, value=-1).mul_(live).mul_(ZETA - GAMMA)
+
+
+class _AdaRound(Function):
+    @staticmethod
+    def forward(ctx: Any, alpha: Tensor, base: Tensor, step: Tensor) -> Tensor:
+        h, slope = _stretch(alpha)
+        ctx.save_for_backward(slope.mul_(step))
+        return torch.addcmul(base, h, step)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (slope,) = ctx.saved_tensors
+        return grad * slope, None, None
+
+
+class _AdaRoundPenalty(Function):
+    @staticmethod
+    def forward(ctx: Any, alpha: Tensor, base: Tensor, step: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+        h, slope = _stretch(alpha)
+        weight = torch.addcmul(base, h, step)
+        centred = h.mul_(2).sub_(1)
+        power = (
+            centred.abs().log_().mul_(beta - 1).exp_()
+        )  # |2h - 1|^(beta - 1); exp(b log) takes a fifth of pow's time
+        power.copysign_(centred)
+        penalty = torch.addcmul(torch.ones_like(power), power, centred, value=-1).sum()
+        ctx.save_for_backward(slope * step, power.mul_(slope).mul_(-2 * beta))
+        return weight, penalty
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_weight: Tensor, grad_penalty: Tensor) -> tuple[Tensor | None, ...]:
+        weight_slope, penalty_slope = ctx.saved_tensors
+        return (grad_weight * weight_slope).addcmul_(penalty_slope, grad_penalty), None, None, None

@@ -1,0 +1,227 @@
+"""Quantizers: modules and values that hold a scale and a zero point, and know how they are chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dqbench.errors import UserError
+from dqbench.quant.functional import (
+    adaround_grid,
+    adaround_init,
+    adaround_soft,
+    adaround_soft_penalty,
+    fake_quantize,
+    qrange,
+)
+from dqbench.quant.ranges import blend, choose_qparams, extremes, ptq4dm_qparams, ptq4dm_range, range_qparams
+
+
+OVER = ("first", "all", "ema", "ema_search")
+
+
+@dataclass
+class WeightRule:
+    """How weights are quantized. estimator: see ranges.py; granularity: per_tensor | per_channel | per_group."""
+
+    granularity: str
+    group_size: int | None
+    estimator: str
+    symmetric: bool
+    official: bool  # the authors' release, where it differs from the sane form
+
+
+@dataclass
+class ActRule:
+    """How an activation's range is found. over: first | all | ema | ema_search: how calibration batches combine.
+
+    first: the first batch alone. all: extremes over all batches. ema: min and max of the batch, running average after the
+    first. ema_search: the searched range of each batch, running average (PTQ4DM). `through`: the observed layer passes
+    its input on unquantized while ranges are collected.
+    """
+
+    estimator: str
+    symmetric: bool
+    over: str
+    momentum: float
+    through: bool
+    official: bool
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The integer grid of a weight: scale and zero_point broadcast to it; `groups` counts the distinct scales."""
+
+    scale: Tensor
+    zero_point: Tensor
+    qmin: int
+    qmax: int
+    groups: int
+
+
+def weight_grid(weight: Tensor, n_bits: int, rule: WeightRule, split: int = 0) -> Grid:
+    """Choose a weight's grid. weight: [O, I, ...]; split > 0: input channels [:split] and [split:] have their own scales."""
+    flat = weight.detach().flatten(1)
+    qmin, qmax = qrange(n_bits, rule.symmetric and rule.estimator != "ptq4dm")
+    spans = list(column_spans(flat.shape[1], rule, split * (flat.shape[1] // weight.shape[1])))
+    chosen = [choose(flat[:, first:end], n_bits, rule) for first, end in spans]
+    shape = (-1, *[1] * (weight.ndim - 1))
+    if len(spans) == 1:
+        scale, zero_point = (values.reshape(shape) for values in chosen[0])
+        return Grid(scale, zero_point, qmin, qmax, scale.numel())
+    widths = torch.tensor([end - first for first, end in spans], device=flat.device)
+    columns = [torch.stack([pair[k].expand(len(flat)) for pair in chosen], dim=1) for k in (0, 1)]
+    scale, zero_point = (values.repeat_interleave(widths, dim=1).reshape(weight.shape) for values in columns)
+    return Grid(scale, zero_point, qmin, qmax, sum(pair[0].numel() for pair in chosen))
+
+
+def column_spans(columns: int, rule: WeightRule, split: int) -> Iterator[tuple[int, int]]:
+    """Column ranges of a flattened weight [O, columns] that have scales of their own."""
+    size = rule.group_size if rule.granularity == "per_group" else columns
+    for low, high in ((0, split), (split, columns)) if split else ((0, columns),):
+        for first in range(low, high, size):
+            yield first, min(first + size, high)
+
+
+def choose(flat: Tensor, n_bits: int, rule: WeightRule) -> tuple[Tensor, Tensor]:
+    """(scale, zero_point) of a weight matrix: [1] each per tensor, else [O]."""
+    rows = flat.reshape(1, -1) if rule.granularity == "per_tensor" else flat
+    return choose_qparams(rows, n_bits, estimator=rule.estimator, symmetric=rule.symmetric, official=rule.official)
+
+
+class ActQuantizer(nn.Module):
+    """Uniform affine fake quantization of a tensor with one scale and zero_point (buffers, shape [])."""
+
+    def __init__(self, n_bits: int, signed: bool) -> None:
+        super().__init__()
+        self.n_bits, self.signed = n_bits, signed
+        self.qmin, self.qmax = qrange(n_bits, signed)
+        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("zero_point", torch.zeros(()))
+        self.observer: Observer | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: any shape. While observed, the range follows x first."""
+        if self.observer is not None:
+            scale, zero_point = self.observer.observe(x)
+            self.scale.copy_(scale)
+            self.zero_point.copy_(zero_point)
+            if self.observer.rule.through:
+                return x
+        return fake_quantize(x, self.scale, self.zero_point, self.qmin, self.qmax)
+
+    def spec(self) -> dict[str, Any]:
+        """What rebuilds this module before its buffers are loaded."""
+        return {"kind": "uniform", "n_bits": self.n_bits, "signed": self.signed}
+
+    def extra_repr(self) -> str:
+        return f"n_bits={self.n_bits}, signed={self.signed}"
+
+
+class SplitQuantizer(nn.Module):
+    """Two quantizers for channels [:split] and [split:] of dim 1 (Q-Diffusion, shortcut-splitting quantization)."""
+
+    def __init__(self, split: int, n_bits: int, signed: bool) -> None:
+        super().__init__()
+        self.split = split
+        self.first, self.second = ActQuantizer(n_bits, signed), ActQuantizer(n_bits, signed)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [B, C, ...] with C > split."""
+        return torch.cat([self.first(x[:, : self.split]), self.second(x[:, self.split :])], dim=1)
+
+    def spec(self) -> dict[str, Any]:
+        """What rebuilds this module before its buffers are loaded."""
+        return {**self.first.spec(), "kind": "split", "split": self.split}
+
+
+def from_spec(spec: dict[str, Any]) -> nn.Module:
+    """The quantizer that spec() described. Raises UserError for a kind of a newer version."""
+    if spec["kind"] == "uniform":
+        return ActQuantizer(spec["n_bits"], spec["signed"])
+    if spec["kind"] == "split":
+        return SplitQuantizer(spec["split"], spec["n_bits"], spec["signed"])
+    raise UserError(f"quantizer kind {spec['kind']} is unknown; known: uniform, split")
+
+
+def act_quantizers(model: nn.Module) -> list[ActQuantizer]:
+    """All activation quantizers below `model`."""
+    return [module for module in model.modules() if isinstance(module, ActQuantizer)]
+
+
+class Observer:
+    """Follows the tensors that one quantizer sees, and says which (scale, zero_point) fit them so far."""
+
+    def __init__(self, rule: ActRule, n_bits: int, always_zero: bool = False) -> None:
+        if rule.over not in OVER:
+            raise UserError(f"act.over={rule.over} is unknown; allowed: {', '.join(OVER)}")
+        self.rule, self.n_bits = rule, n_bits
+        self.form = {"symmetric": rule.symmetric and not always_zero, "always_zero": always_zero}
+        self.range: tuple[Tensor, Tensor] | None = None
+        self.chosen: tuple[Tensor, Tensor] | None = None
+
+    def observe(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Take one batch into account; scale and zero_point, shape []."""
+        rows = x.detach().float().reshape(1, -1)
+        if self.rule.over == "all":
+            self.range = union(self.range, extremes(rows))
+            self.chosen = self._choose(torch.stack(self.range, dim=1))
+        elif self.rule.over == "ema_search":
+            new = ptq4dm_range(rows, self.n_bits, official=self.rule.official)
+            self.range = blend(self.range or new, new, self.rule.momentum)
+            self.chosen = ptq4dm_qparams(*self.range, self.n_bits, official=self.rule.official)
+        elif self.chosen is None:
+            self.range, self.chosen = extremes(rows), self._choose(rows)
+        elif self.rule.over == "ema":
+            self.range = blend(self.range, extremes(rows), self.rule.momentum)
+            self.chosen = range_qparams(*self.range, self.n_bits, **self.form)
+        return self.chosen[0].reshape(()), self.chosen[1].reshape(())
+
+    def _choose(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        return choose_qparams(
+            rows, self.n_bits, estimator=self.rule.estimator, official=self.rule.official, **self.form
+        )
+
+
+def union(running: tuple[Tensor, Tensor] | None, new: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """The smallest range that holds both."""
+    return new if running is None else (torch.minimum(running[0], new[0]), torch.maximum(running[1], new[1]))
+
+
+class AdaRound(nn.Module):
+    """Parametrization of a weight by learnable rounding (Nagel et al. 2020, arXiv:2004.10568, Eq. 22-24).
+
+    alpha: the weight's shape. `penalty` holds the rounding regulariser of the last forward, summed over elements, where
+    `beta` is set; only the first `regularised` input channels take part, if given (the release's quirk in split layers).
+    """
+
+    def __init__(self, weight: Tensor, grid: Grid, regularised: int | None = None) -> None:
+        super().__init__()
+        floor, alpha = adaround_init(weight, grid.scale)
+        base, step = adaround_grid(floor, grid.scale, grid.zero_point, grid.qmin, grid.qmax)
+        self.register_buffer("base", base, persistent=False)
+        self.register_buffer("step", step, persistent=False)
+        self.alpha = nn.Parameter(alpha)
+        self.regularised = regularised
+        self.beta: float | None = None
+        self.penalty: Tensor | None = None
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Soft weights; the original weight only gave the shape."""
+        if self.beta is None:
+            return adaround_soft(self.alpha, self.base, self.step)
+        if self.regularised is None:
+            soft, self.penalty = adaround_soft_penalty(self.alpha, self.base, self.step, self.beta)
+            return soft
+        cut = self.regularised
+        tensors = (self.alpha, self.base, self.step)
+        soft, self.penalty = adaround_soft_penalty(*(tensor[:, :cut] for tensor in tensors), self.beta)
+        return torch.cat([soft, adaround_soft(*(tensor[:, cut:] for tensor in tensors))], dim=1)
+
+    def hard(self) -> Tensor:
+        """Rounded weights: up where alpha >= 0."""
+        return torch.where(self.alpha.detach() >= 0, self.base + self.step, self.base)

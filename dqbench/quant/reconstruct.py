@@ -1,0 +1,232 @@
+"""Block reconstruction: AdaRound weights unit by unit, then activation steps (BRECQ lineage, as Q-Diffusion uses it)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from dqbench.calibration import CalibrationSet, named_generator, named_seed
+from dqbench.config import Recon
+from dqbench.quant.attach import QuantLayer, rounding
+from dqbench.progress import track
+from dqbench.quant.capture import Call, Recorder, disk_allows, first_tensor, trace_units
+from dqbench.quant.quantizers import ActQuantizer, AdaRound, act_quantizers
+from dqbench.stages import scratch
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Job:
+    """A reconstruction: the networks, their units -> quantized layers, the calibration set, the settings."""
+
+    student: nn.Module
+    teacher: nn.Module
+    units: dict[str, list[str]]
+    layers: dict[str, QuantLayer]
+    calib: CalibrationSet
+    recon: Recon
+    official_order: Sequence[str]
+
+    def order(self) -> list[str]:
+        """The units' names in the order they are reconstructed."""
+        if self.recon.order == "official" and self.official_order:
+            return sorted(self.units, key=self._official_rank)
+        return list(trace_units(self.student, list(self.units), self.calib))
+
+    def _official_rank(self, name: str) -> int:
+        ranks = (k for k, pattern in enumerate(self.official_order) if fnmatchcase(name, pattern))
+        return next(ranks, len(self.official_order))
+
+
+def reconstruct_weights(job: Job) -> None:
+    """Learn the rounding of all units' weights. Resumes after the last unit that a killed run finished."""
+    order = [name for name in job.order() if any(job.layers[key].grid is not None for key in job.units[name])]
+    checkpoints = Checkpoints("weights")
+    done = [name for name in order if checkpoints.load(name, weights_of(job, name))]
+    with recorders(job, order) as (teacher, student):
+        teacher.remember_all(done)
+        student.remember_all(done)
+        for name in track(order[len(done) :], "reconstruct weights", len(order), len(done)):
+            _reconstruct_weights_of(job, name, teacher, student)
+            checkpoints.save(name, weights_of(job, name))
+
+
+def weights_of(job: Job, name: str) -> dict[str, Tensor]:
+    """The quantized layers' weights of a unit by layer name."""
+    return {key: job.layers[key].layer.weight for key in job.units[name]}
+
+
+def _reconstruct_weights_of(job: Job, name: str, teacher: Recorder, student: Recorder) -> None:
+    with TemporaryDirectory(dir=teacher.outputs.folder.parent) as folder:
+        target = teacher.inputs(name, Path(folder, "teacher"), with_output=True)
+        source = student.inputs(name, Path(folder, "student")) if job.recon.asymmetric else target
+        learn_rounding(job, name, source, target)
+        teacher.remember(name, target)
+        student.remember(name, source)
+
+
+def learn_rounding(job: Job, name: str, source: Call, target: Call) -> float:
+    """The weight phase of one unit; returns the last mini-batch's reconstruction loss.
+
+    Loss: mean over all but dim 1 of sum over dim 1 of |out - target|^p, plus penalty x sum of 1 - |2h - 1|^beta from
+    warmup x iters on; beta falls linearly from beta[0] to beta[1] over the iterations after the warm-up.
+    """
+    recon, unit = job.recon, job.student.get_submodule(name)
+    loss = torch.zeros(())
+    members = [job.layers[key] for key in job.units[name]]
+    with (
+        rounding(members, recon.split_penalty == "first") as rounders,
+        unit_mode(unit, recon, name, job.calib.seed),
+    ):
+        optimizer = torch.optim.Adam([rounder.alpha for rounder in rounders], lr=recon.lr, fused=True)
+        for count, (args, kwargs, wanted) in enumerate(mini_batches(job, name, source, target, recon.iters), start=1):
+            set_beta(rounders, recon, count)
+            loss = reconstruction_loss(first_tensor(unit(*args, **kwargs)), wanted, recon.p)
+            total = loss + recon.penalty * sum(r.penalty for r in rounders) if rounders[0].beta is not None else loss
+            optimizer.zero_grad()
+            total.backward()
+            optimizer.step()
+        for rounder in rounders:
+            rounder.penalty = None
+    return float(loss)
+
+
+def set_beta(rounders: Sequence[AdaRound], recon: Recon, count: int) -> None:
+    """The regulariser's exponent at iteration `count` (from 1); None during the warm-up, which switches it off."""
+    start, end = recon.warmup * recon.iters, recon.iters
+    beta = None
+    if count >= start:
+        fraction = (count - start) / (end - start) if end > start else 1.0
+        beta = recon.beta[1] + (recon.beta[0] - recon.beta[1]) * max(0.0, 1 - fraction)
+    for rounder in rounders:
+        rounder.beta = beta
+
+
+def reconstruct_activations(job: Job) -> None:
+    """Learn the activation steps of all units: full-precision inputs -> full-precision outputs, weights fixed."""
+    order = [name for name in job.order() if act_quantizers(job.student.get_submodule(name))]
+    checkpoints = Checkpoints("activations")
+    done = [name for name in order if checkpoints.load(name, steps_of(job.student.get_submodule(name)))]
+    with recorders(job, order) as (teacher, _):
+        teacher.remember_all(done)
+        for name in track(order[len(done) :], "reconstruct activations", len(order), len(done)):
+            with TemporaryDirectory(dir=teacher.outputs.folder.parent) as folder:
+                call = teacher.inputs(name, Path(folder), with_output=True)
+                learn_steps(job, name, call)
+                teacher.remember(name, call)
+            checkpoints.save(name, steps_of(job.student.get_submodule(name)))
+
+
+def learn_steps(job: Job, name: str, call: Call) -> None:
+    """The activation phase of one unit: Adam with cosine annealing to 0 on the scales; zero points stay."""
+    recon, unit = job.recon, job.student.get_submodule(name)
+    if not recon.iters_act:
+        return
+    with learning_scales(act_quantizers(unit)) as scales, unit_mode(unit, recon, name, job.calib.seed):
+        optimizer = torch.optim.Adam(scales, lr=recon.lr_act, fused=True)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recon.iters_act)
+        for args, kwargs, wanted in mini_batches(job, name, call, call, recon.iters_act):
+            loss = reconstruction_loss(first_tensor(unit(*args, **kwargs)), wanted, recon.p_act)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+
+
+@contextmanager
+def learning_scales(quantizers: Sequence[ActQuantizer]) -> Iterator[list[nn.Parameter]]:
+    """Inside: the quantizers' scales are parameters. After: buffers again, with what was learned, kept positive."""
+    scales = []
+    for quantizer in quantizers:
+        scale = nn.Parameter(quantizer.scale.detach().clone())
+        del quantizer.scale
+        quantizer.scale = scale
+        scales.append(scale)
+    try:
+        yield scales
+    finally:
+        for quantizer, scale in zip(quantizers, scales, strict=True):
+            del quantizer.scale
+            quantizer.register_buffer("scale", scale.detach().clamp(min=1e-8))
+
+
+def steps_of(unit: nn.Module) -> dict[str, Tensor]:
+    """The activation scales of a unit by name."""
+    return {name: tensor for name, tensor in unit.named_buffers() if name.endswith("scale")}
+
+
+def reconstruction_loss(output: Tensor, target: Tensor, p: float) -> Tensor:
+    """mean over all dims but dim 1 of sum over dim 1 of |output - target|^p."""
+    error = output - target
+    power = error.square() if p == 2 else error.abs().pow(p)
+    return power.sum() * (output.shape[1] / output.numel())
+
+
+def mini_batches(job: Job, name: str, source: Call, target: Call, iters: int) -> Iterator[tuple]:
+    """(args, kwargs, target) for each iteration: a fresh random choice of rows, drawn from the unit's own generator."""
+    device = next(job.student.parameters()).device
+    generator = named_generator(f"reconstruct/{name}", job.calib.seed)
+    size = min(job.recon.batch_size, len(job.calib))
+    for _ in range(iters):
+        rows = torch.randperm(len(job.calib), generator=generator)[:size].numpy()
+        yield *source.batch(rows, device), target.rows.read("output", rows, device)
+
+
+@contextmanager
+def unit_mode(unit: nn.Module, recon: Recon, name: str, seed: int) -> Iterator[None]:
+    """Inside: dropout is active, if asked for, and draws from a generator of the unit's own."""
+    with ExitStack() as stack:
+        if recon.dropout:
+            stack.enter_context(torch.random.fork_rng())
+            torch.manual_seed(named_seed(f"dropout/{name}", seed) & 0x7FFFFFFF)
+            unit.train()
+            stack.callback(unit.eval)
+        yield
+
+
+@contextmanager
+def recorders(job: Job, order: Sequence[str]) -> Iterator[tuple[Recorder, Recorder]]:
+    """(teacher, student) recorders on temporary files; outputs are kept for replay where order and disk budget allow."""
+    where = scratch("activations-on-disk")
+    with TemporaryDirectory(dir=where) as folder:
+        bytes_needed = 2 * len(job.calib) * sum(trace_units(job.teacher, order, job.calib).values())
+        replay = job.recon.order == "execution" and disk_allows(Path(folder), bytes_needed)
+        log.debug("unit outputs take %.2f GB on disk; kept for replay: %s", bytes_needed / 1e9, replay)
+        yield tuple(
+            Recorder(model, job.calib, Path(folder, name), replay)
+            for name, model in (("teacher", job.teacher), ("student", job.student))
+        )
+
+
+class Checkpoints:
+    """Tensors of finished units in the current stage's scratch folder; nothing is kept outside a stage."""
+
+    def __init__(self, phase: str) -> None:
+        self.folder = scratch(phase)
+
+    def load(self, unit: str, tensors: dict[str, Tensor]) -> bool:
+        """Copy a finished unit's tensors in place; False where the unit is not finished."""
+        if self.folder is None or not (file := self.folder / f"{unit}.safetensors").exists():
+            return False
+        stored = load_file(file)
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                tensor.copy_(stored[name])
+        return True
+
+    def save(self, unit: str, tensors: dict[str, Tensor]) -> None:
+        """Store a finished unit's tensors, atomically."""
+        if self.folder is not None:
+            partial = self.folder / f"{unit}.partial"
+            save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, partial)
+            partial.replace(self.folder / f"{unit}.safetensors")

@@ -1,0 +1,248 @@
+"""config -> row. Every arrow of the sentence is one line of run(), and one artifact on disk."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from omegaconf import DictConfig, OmegaConf
+
+from dqbench import cost
+from dqbench.calibration import CalibrationSet, calibration_seeds, record_trajectory, replace_source, select
+from dqbench.config import THROUGHPUT, build, check, identity, plain, run_id
+from dqbench.diagnostics import curve, mean_over_chains, noise_errors, save_grid
+from dqbench.methods.fp32 import FP32
+from dqbench.metrics.guards import check_finite, check_samples
+from dqbench.metrics.paired import paired
+from dqbench.models import checkpoint_hash, denoiser, load
+from dqbench.quant.attach import installed
+from dqbench.quant.checkpoint import load_denoiser, save_denoiser
+from dqbench.provenance import provenance
+from dqbench.results import Row
+from dqbench.sampling import generate, sample_seed, set_sampler, to_uint8
+from dqbench.shards import Shards, fill
+from dqbench.stages import Artifact, Store
+
+PROBE_CHAINS = 64  # scored seeds along whose full-precision trajectory the error of the predicted noise is measured
+
+
+def run(cfg: DictConfig, folder: Path | None = None) -> Row:
+    """One cell: from its resolved config to its row. What other cells have computed already is read, not computed.
+
+    `folder`, where given, gets the picture of samples and then the row.
+    """
+    cell = Cell(cfg)
+    calib = cell.calibrate()
+    quantized = cell.quantize(calib)
+    reference, samples = cell.generate(cell.full_precision), cell.generate(quantized)
+    row = cell.row(calib, quantized, samples, reference)
+    if folder is not None:
+        cell.picture(samples, reference, folder / "samples.png")
+        row.write(folder)
+    return row
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A quantized denoiser on disk; None stands for full precision."""
+
+    artifact: Artifact | None
+
+
+@dataclass
+class Cell:
+    """The stages of one cell. Each method is an artifact keyed by what it depends on."""
+
+    cfg: DictConfig
+
+    def __post_init__(self) -> None:
+        """Raise UserError for what would fail later, before anything heavy is loaded."""
+        check(self.cfg)
+        self.model, self.sampler, self.calib, self.bits = (
+            OmegaConf.to_object(self.cfg[key]) for key in ("model", "sampler", "calib", "bits")
+        )
+        self.method, self.metrics = build(self.cfg.method), build(self.cfg.metrics)
+        self.store = Store(Path(self.cfg.paths.cache))
+        self.seed, self.full_precision = self.cfg.seed, Quantized(None)
+        if self.cfg.runtime.threads:
+            torch.set_num_threads(self.cfg.runtime.threads)
+        self.metrics.check(self.model.data, self.sampler.num_samples)
+
+    @cached_property
+    def device(self) -> str:
+        wanted = self.cfg.runtime.device
+        return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
+
+    @cached_property
+    def pipe(self) -> DiffusionPipeline:
+        """The full-precision pipeline under the cell's sampler; loaded when a stage first needs it."""
+        return set_sampler(load(self.model, self.device), self.sampler)
+
+    @cached_property
+    def origin(self) -> dict[str, Any]:
+        """What every stage depends on: the checkpoint's content and how the sampler steps."""
+        unhashed = (*THROUGHPUT["sampler"], "num_samples")
+        sampler = {key: value for key, value in plain(self.cfg.sampler).items() if key not in unhashed}
+        family = {key: plain(self.cfg.model)[key] for key in ("pipeline", "denoiser", "dtype", "prompts", "num_classes")}
+        return {"checkpoint": checkpoint_hash(self.model), "model": family, "sampler": sampler, "seed": self.seed}
+
+    def trajectory(self, chains: int, purpose: str) -> Artifact:
+        """Denoiser inputs and outputs of full-precision sampling: calibration chains, or the first scored seeds (probe)."""
+        seeds = {
+            "calibration": lambda rows: calibration_seeds(rows, self.seed),
+            "probe": lambda rows: [sample_seed(self.seed, i) for i in rows],
+        }[purpose]
+        return self.store.get(
+            "trajectory",
+            {**self.origin, "chains": chains, "purpose": purpose},
+            lambda folder: record_trajectory(self.pipe, self.sampler, chains, seeds, folder),
+        )
+
+    def calibrate(self) -> Artifact | None:
+        """The calibration set that the policy picks from the shared trajectory; None where nothing is quantized."""
+        if isinstance(self.method, FP32):
+            return None
+        source = self.trajectory(self.calib.chains, "calibration")
+
+        def produce(folder: Path) -> None:
+            select(source.folder, self.calib, self.seed, folder)
+            if self.calib.source != "trajectory":
+                replace_source(self.pipe, self.calib, self.seed, folder)
+
+        depends = {"trajectory": source.key, "calib": plain(self.cfg.calib), "data": self.model.data, "seed": self.seed}
+        return self.store.get("calibration", depends, produce)
+
+    def quantize(self, calib: Artifact | None) -> Quantized:
+        """The method's denoiser."""
+        if calib is None:
+            return self.full_precision
+
+        def produce(folder: Path) -> None:
+            quantized = self.method(self.pipe, CalibrationSet.open(calib.folder, self.seed), self.bits)
+            save_denoiser(quantized, folder)
+
+        parts = ("method", "bits")
+        family = {key: plain(self.cfg.model)[key] for key in ("units", "official_order", "shortcuts", "time_embedding")}
+        depends = {**self.origin, "calibration": calib.key, "family": family}
+        return Quantized(self.store.get("quantized", depends | {key: plain(self.cfg[key]) for key in parts}, produce))
+
+    def load(self, quantized: Quantized) -> DiffusionPipeline:
+        """The pipeline that a stage's denoiser belongs to."""
+        return load_denoiser(self.pipe, quantized.artifact.folder) if quantized.artifact else self.pipe
+
+    def generate(self, quantized: Quantized) -> Artifact:
+        """uint8 samples [N, H, W, C] in shards; sample i depends on its seed alone."""
+        count = self.sampler.num_samples
+
+        def produce(folder: Path) -> None:
+            pipe = self.load(quantized)
+            title = "quantized samples" if quantized.artifact else "fp32 samples"
+
+            def batch(rows: range) -> dict[str, np.ndarray]:
+                images = generate(pipe, self.sampler, [sample_seed(self.seed, i) for i in rows], rows)
+                check_finite(images, rows.start)
+                return {"sample": to_uint8(images)}
+
+            fill(folder, count, self.sampler.batch_size, batch, title)
+            check_samples(Shards(folder, "sample").read())
+
+        key = quantized.artifact.key if quantized.artifact else None
+        return self.store.get("samples", {**self.origin, "quantized": key, "num_samples": count}, produce)
+
+    def score(self, samples: Artifact) -> Artifact:
+        """The metrics of a sample set against real data."""
+
+        def produce(folder: Path) -> None:
+            images = Shards(samples.folder, "sample").read()
+            scores = self.metrics.score(images, self.model.data, self.references)
+            write_json(folder / "metrics.json", {name: metric.to_dict() for name, metric in scores.items()})
+
+        depends = {"samples": samples.key, "metrics": plain(self.cfg.metrics), "data": self.model.data}
+        return self.store.get("scores", depends, produce)
+
+    @property
+    def references(self) -> Path:
+        """Where statistics of real data are kept."""
+        return self.store.root / "reference"
+
+    def noise_error(self, quantized: Quantized) -> Artifact:
+        """The relative error of the predicted noise along the full-precision trajectory of the first scored seeds."""
+        probe = self.trajectory(min(PROBE_CHAINS, self.sampler.num_samples), "probe")
+
+        def produce(folder: Path) -> None:
+            errors = noise_errors(self.load(quantized), probe.folder)
+            steps = Shards(probe.folder, "timestep")[0][0]
+            write_json(folder / "errors.json", {"mean": mean_over_chains(errors).to_dict(), "curve": curve(errors, steps)})
+
+        return self.store.get("noise_error", {"probe": probe.key, "quantized": quantized.artifact.key}, produce)
+
+    def row(self, calib: Artifact | None, quantized: Quantized, samples: Artifact, reference: Artifact) -> Row:
+        """Score, compare, bill; the sample grid is written beside the row."""
+        scores = {part: self.score(part) for part in (samples, reference)}
+        paired_metrics, diagnostics = self.compare(quantized, samples, reference)
+        return Row(
+            run_id=run_id(self.cfg),
+            config=identity(self.cfg),
+            metrics=read_json(scores[samples].folder / "metrics.json"),
+            reference=read_json(scores[reference].folder / "metrics.json"),
+            paired=paired_metrics,
+            cost=self.cost(quantized),
+            timing=self.timing(calib, quantized, samples, scores[samples]),
+            provenance=provenance(
+                self.device, self.model.dtype, self.origin["checkpoint"], self.metrics.reference_hash(self.model.data, self.references)
+            ),
+            diagnostics=diagnostics,
+        )
+
+    def compare(self, quantized: Quantized, samples: Artifact, reference: Artifact) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(paired metrics, per-step curve) against full precision on the same seeds; both empty for full precision."""
+        if quantized.artifact is None:
+            return {}, {}
+        metrics = paired(*(Shards(part.folder, "sample").read() for part in (samples, reference)))
+        errors = read_json(self.noise_error(quantized).folder / "errors.json")
+        return {**{name: metric.to_dict() for name, metric in metrics.items()}, "noise_error": errors["mean"]}, errors["curve"]
+
+    def cost(self, quantized: Quantized) -> dict[str, Any]:
+        """The bill of the denoiser as it was really quantized."""
+        network = denoiser(self.load(quantized))
+        plan, bits = installed(network, self.bits)
+        return asdict(cost.cost(cost.layers(denoiser(self.pipe), self.model.inputs), plan, bits))
+
+    def picture(self, samples: Artifact, reference: Artifact, path: Path) -> None:
+        """The first samples as a PNG: full precision above, quantized below."""
+        full, own = (Shards(part.folder, "sample").read() for part in (reference, samples))
+        save_grid(full, own if samples.folder != reference.folder else None, path)
+
+    def timing(self, calib: Artifact | None, quantized: Quantized, samples: Artifact, scores: Artifact) -> dict[str, float]:
+        """Seconds each stage took when it was computed, by this cell or by the one that shares it."""
+        return {
+            "calibrate_s": calib.seconds if calib else 0.0,
+            "quantize_s": quantized.artifact.seconds if quantized.artifact else 0.0,
+            "generate_s": samples.seconds,
+            "score_s": scores.seconds,
+            "peak_memory_bytes": peak_memory(),
+        }
+
+
+def peak_memory() -> int:
+    """Peak resident bytes of this process, on the GPU plus on the host."""
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return host + (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file."""
+    return json.loads(path.read_text())
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON; an artifact's folder becomes visible only when complete, so this need not be atomic."""
+    path.write_text(json.dumps(content, allow_nan=False))

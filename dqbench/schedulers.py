@@ -1,0 +1,135 @@
+"""diffusers schedulers, configured from a sampler; quadratic spacing."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from dqbench.config import Sampler
+from dqbench.errors import UserError
+from dqbench.quant.functional import fake_quantize, qrange
+
+
+class QuadDDIMScheduler(DDIMScheduler):
+    """DDIM with quadratic spacing: t_i = int(linspace(0, sqrt(0.8 T), S)[i]^2), the CIFAR-10 setting of DDIM's release.
+
+    A trajectory over chosen time steps is DDIM on the chain respaced to them: alphas_cumprod is replaced by its
+    values at t_i, and the base class steps through positions with stride 1. Small t_i repeat; a step from t to the
+    same t leaves the sample as it is.
+    """
+
+    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
+        """Set the descending t_i and restart the position."""
+        train_steps = self.config.num_train_timesteps
+        ascending = (np.linspace(0, np.sqrt(0.8 * train_steps), num_inference_steps) ** 2).astype(np.int64)
+        self.alphas_cumprod = torch.cumprod(1.0 - self.betas, dim=0)[torch.from_numpy(ascending)]
+        self.num_inference_steps = train_steps  # makes the base class's stride 1
+        self.timesteps = torch.from_numpy(ascending[::-1].copy()).to(device)
+        self._position = num_inference_steps - 1
+
+    def step(self, model_output: Tensor, timestep: int, sample: Tensor, **kwargs: Any) -> Any:
+        """The base class's step from the current position to the one before it."""
+        result = super().step(model_output, self._position, sample, **kwargs)
+        self._position -= 1
+        return result
+
+
+def make_scheduler(config: dict[str, Any], sampler: Sampler) -> Any:
+    """The sampler's scheduler on the noise schedule of `config` (a diffusers scheduler config).
+
+    Raises UserError for an unknown class, an eta or a spacing that the class does not take.
+    """
+    cls = scheduler_class(sampler)
+    settings = dict(sampler.kwargs)
+    if sampler.spacing != "quad":
+        settings["timestep_spacing"] = sampler.spacing
+    train_steps = config.get("num_train_timesteps", sampler.steps)
+    if sampler.steps > train_steps:
+        raise UserError(
+            f"sampler.steps={sampler.steps}: the model was trained with {train_steps} steps; allowed: 1 to that"
+        )
+    return cls.from_config(config, **settings)
+
+
+def scheduler_class(sampler: Sampler) -> type:
+    """The class named by `sampler.scheduler`: of diffusers, or a dotted name."""
+    if sampler.spacing == "quad":
+        if sampler.scheduler != "DDIMScheduler":
+            raise UserError(f"sampler.spacing=quad is defined for DDIMScheduler, not for {sampler.scheduler}")
+        return QuadDDIMScheduler
+    module, _, name = sampler.scheduler.rpartition(".")
+    try:
+        cls = getattr(importlib.import_module(module) if module else diffusers, name)
+    except (ImportError, AttributeError) as error:
+        known = "DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler"
+        raise UserError(
+            f"sampler.scheduler={sampler.scheduler} is unknown; a diffusers class such as {known}"
+        ) from error
+    if sampler.eta > 0 and not issubclass(cls, DDIMScheduler):
+        raise UserError(f"sampler.eta={sampler.eta} has no meaning for {sampler.scheduler}; allowed: 0 (eta is DDIM's)")
+    return cls
+
+
+OPERATION_BITS = 8  # PTQ4DM, Table 1
+
+
+class QuantizedOperations:
+    """Mixed into a DDIM or DDPM scheduler: x_{t-1} = mu + sigma z with fake-quantized mu, sigma or x_{t-1}.
+
+    `config.operations` names what is quantized, symmetric and per tensor; `config.bound` is the range of mu and x. The
+    range of sigma is its largest value over the steps. The paper gives no ranges and its release has no code for them.
+    """
+
+    def step(self, model_output: Tensor, timestep: int, sample: Tensor, **kwargs: Any) -> Any:
+        """The base class's step, taken apart into mu and sigma z, and put together from quantized parts."""
+        generator = kwargs.pop("generator", None) or [torch.Generator() for _ in sample]
+        twins = [one.clone_state() for one in generator]
+        eta = kwargs.get("eta", 0.0)
+        result = super().step(model_output, timestep, sample, generator=generator, **kwargs)
+        z = randn_tensor(sample.shape, generator=twins, device=sample.device, dtype=sample.dtype)
+        sigma = torch.tensor(self._sigma(timestep, eta), device=sample.device, dtype=sample.dtype)
+        mu = self._on("mu", result.prev_sample - sigma * z, self.config.bound)
+        sigma = self._on("sigma", sigma, max(self._sigma(t, eta) for t in self.timesteps))
+        result.prev_sample = self._on("x", mu + sigma * z, self.config.bound)
+        return result
+
+    def _sigma(self, timestep: int, eta: float) -> float:
+        if isinstance(self, DDIMScheduler):
+            stride = self.config.num_train_timesteps // self.num_inference_steps
+            return float(eta * self._get_variance(timestep, timestep - stride) ** 0.5)
+        return float(self._get_variance(timestep) ** 0.5) if timestep > 0 else 0.0
+
+    def _on(self, operation: str, x: Tensor, bound: float) -> Tensor:
+        if operation not in self.config.operations:
+            return x
+        qmin, qmax = qrange(OPERATION_BITS, symmetric=True)
+        scale = torch.tensor(max(bound / qmax, 1e-8), device=x.device, dtype=x.dtype)
+        return fake_quantize(x, scale, torch.zeros_like(scale), qmin, qmax)
+
+
+class QuantizedDDIMScheduler(QuantizedOperations, DDIMScheduler):
+    """DDIM with quantized operations."""
+
+
+class QuantizedDDPMScheduler(QuantizedOperations, DDPMScheduler):
+    """DDPM with quantized operations."""
+
+
+def quantize_operations(scheduler: Any, operations: list[str], bound: float) -> Any:
+    """`scheduler` with mu, sigma or x quantized to 8 bit (PTQ4DM, Table 1); `bound`: the largest |x_t| to represent.
+
+    Raises UserError for a scheduler that is not exactly DDIM's or DDPM's.
+    """
+    twins = {DDIMScheduler: QuantizedDDIMScheduler, DDPMScheduler: QuantizedDDPMScheduler}
+    if type(scheduler) not in twins:
+        raise UserError(f"method.quantize_mu/sigma/x: defined for DDIM and DDPM schedulers, not {type(scheduler).__name__}")
+    twin = twins[type(scheduler)].from_config(scheduler.config)
+    twin.register_to_config(operations=operations, bound=bound)
+    return twin

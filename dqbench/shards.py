@@ -1,0 +1,98 @@
+"""Arrays on disk in shards of rows: written one batch at a time, resumed at the first missing row, read memory-mapped."""
+
+from __future__ import annotations
+
+import bisect
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dqbench.progress import track
+
+
+@dataclass(frozen=True)
+class Shards:
+    """One array [N, ...] kept as `NAME.<first>-<end>.npy` files. Row i depends on i alone, so shard sizes may differ."""
+
+    folder: Path
+    name: str
+
+    def spans(self) -> list[tuple[int, int]]:
+        """The (first, end) row ranges that are on disk, ascending."""
+        stems = (path.name.split(".")[-2] for path in self.folder.glob(f"{self.name}.*.npy"))
+        return sorted(tuple(int(part) for part in stem.split("-")) for stem in stems)
+
+    def path(self, first: int, end: int) -> Path:
+        """The file of rows first..end-1."""
+        return self.folder / f"{self.name}.{first:07d}-{end:07d}.npy"
+
+    def write(self, first: int, rows: np.ndarray) -> None:
+        """Store rows [n, ...] as first..first+n-1, atomically."""
+        target = self.path(first, first + len(rows))
+        partial = target.with_suffix(".tmp")
+        with partial.open("wb") as file:
+            np.save(file, rows)
+        partial.replace(target)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, ...) of the whole array."""
+        return (self.spans()[-1][1], *self._maps[0].shape[1:])
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The element type."""
+        return self._maps[0].dtype
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        """One row, as a view of the memory map."""
+        shard = bisect.bisect_right(self._starts, row) - 1
+        return self._maps[shard][row - self._starts[shard]]
+
+    def read(self) -> np.ndarray:
+        """All rows [N, ...]: the memory map itself where there is one shard, else a copy in memory."""
+        return self._maps[0] if len(self._maps) == 1 else np.concatenate(self._maps)
+
+    @functools.cached_property
+    def _starts(self) -> list[int]:
+        return [first for first, _ in self.spans()]
+
+    @functools.cached_property
+    def _maps(self) -> list[np.ndarray]:
+        return [np.load(self.path(*span), mmap_mode="r") for span in self.spans()]
+
+
+def missing(spans: list[tuple[int, int]], count: int, batch_size: int) -> Iterator[range]:
+    """Batches of at most `batch_size` consecutive rows of 0..count-1 that no span covers."""
+    done = np.zeros(count, dtype=bool)
+    for first, end in spans:
+        done[first:end] = True
+    first = 0
+    while first < count:
+        end = first
+        while end < count and end - first < batch_size and not done[end]:
+            end += 1
+        if end > first:
+            yield range(first, end)
+        first = max(end, first + 1)
+
+
+def fill(
+    folder: Path, count: int, batch_size: int, produce: Callable[[range], dict[str, np.ndarray]], title: str
+) -> None:
+    """Write rows 0..count-1 of the arrays that `produce(rows)` returns by name, missing batches only, under a progress bar.
+
+    A batch counts as done when its array "sample" is there, which is therefore written last.
+    """
+    spans = Shards(folder, "sample").spans()
+    done = sum(end - first for first, end in spans)
+    for rows in track(missing(spans, count, batch_size), title, count, done):
+        arrays = produce(rows)
+        for name in sorted(arrays, key=lambda name: name == "sample"):
+            Shards(folder, name).write(rows.start, arrays[name])

@@ -1,0 +1,123 @@
+"""Artifacts: folders named by the hash of what they depend on, built once, shared by cells, resumed after a kill.
+
+A stage builds in `<key>.part`, which survives a kill, and is renamed to `<key>` when complete, with a manifest of
+checksums. Two processes that want the same artifact take turns at a lock; the second finds it done.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from dqbench.config import digest
+from dqbench.results import atomic_write
+
+log = logging.getLogger(__name__)
+MANIFEST = "manifest.json"
+_part: ContextVar[Path | None] = ContextVar("part", default=None)
+_verified: set[Path] = set()
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A finished stage: its folder, its key (hash of what it depends on), the seconds its (last) building took."""
+
+    folder: Path
+    key: str
+    seconds: float
+    resumed: bool  # an earlier, killed attempt had done a part, whose seconds are not counted
+
+
+@dataclass(frozen=True)
+class Store:
+    """The artifacts of all stages under one root folder."""
+
+    root: Path
+
+    def get(self, stage: str, depends: dict[str, Any], produce: Callable[[Path], None]) -> Artifact:
+        """The artifact of `stage` for `depends` (JSON-able); built by `produce(folder)` unless it is there and whole."""
+        key = digest(depends)
+        folder = self.root / stage / key
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_suffix(".lock")):
+            if not self._is_whole(folder):
+                self._produce(folder, depends, produce)
+        manifest = json.loads((folder / MANIFEST).read_text())
+        return Artifact(folder, key, manifest["seconds"], manifest["resumed"])
+
+    def _is_whole(self, folder: Path) -> bool:
+        if folder in _verified or not folder.exists():
+            return folder.exists()
+        if damage := find_damage(folder):
+            log.warning("artifact %s is damaged (%s): building it again", folder, damage)
+            shutil.rmtree(folder)
+            return False
+        _verified.add(folder)
+        return True
+
+    def _produce(self, folder: Path, depends: dict[str, Any], produce: Callable[[Path], None]) -> None:
+        part = folder.with_suffix(".part")
+        resumed = part.exists()
+        part.mkdir(exist_ok=True)
+        started = time.perf_counter()
+        with resuming(part):
+            produce(part)
+        shutil.rmtree(part / "scratch", ignore_errors=True)
+        seconds = round(time.perf_counter() - started, 3)
+        content = {"depends": depends, "seconds": seconds, "resumed": resumed, "files": checksums(part)}
+        atomic_write(part / MANIFEST, json.dumps(content, indent=1, sort_keys=True))
+        part.rename(folder)
+        _verified.add(folder)
+
+
+@contextmanager
+def resuming(part: Path) -> Iterator[None]:
+    """Make `part` the folder that scratch() and checkpointed work of the current stage use."""
+    token = _part.set(part)
+    try:
+        yield
+    finally:
+        _part.reset(token)
+
+
+def scratch(name: str) -> Path | None:
+    """A folder of the current stage for unfinished work, kept after a kill, dropped at the end; None outside a stage."""
+    if (part := _part.get()) is None:
+        return None
+    folder = part / "scratch" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def checksums(folder: Path) -> dict[str, list[Any]]:
+    """Relative path -> [bytes, SHA-256] of every file below `folder`, the manifest excepted."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    return {path.relative_to(folder).as_posix(): [path.stat().st_size, sha256(path)] for path in files}
+
+
+def find_damage(folder: Path) -> str | None:
+    """What is wrong with an artifact's files, or None."""
+    try:
+        expected = json.loads((folder / MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError) as error:
+        return f"{MANIFEST}: {type(error).__name__}"
+    found = checksums(folder)
+    wrong = [name for name in expected if found.get(name) != expected[name]]
+    return f"{wrong[0]}: missing or altered" if wrong else None
+
+
+def sha256(path: Path) -> str:
+    """Hex SHA-256 of a file, streamed."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

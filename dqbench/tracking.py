@@ -1,0 +1,172 @@
+"""W&B as a mirror of a run: config, row, sample grid, curves. row.json is the truth, so nothing here may fail a run."""
+
+from __future__ import annotations
+
+import logging
+import netrc
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from dqbench.config import build
+from dqbench.errors import UserError
+
+if TYPE_CHECKING:
+    import wandb
+
+    from dqbench.results import Row
+
+MODES = ("auto", "online", "offline", "disabled")
+MIRRORED = ("metrics", "reference", "paired", "cost", "timing", "provenance")  # parts of a row
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class NoTracking:
+    """Nothing is tracked, W&B is not imported."""
+
+    def start(self, cfg: DictConfig, run_id: str) -> None:
+        return None
+
+
+@dataclass
+class Wandb:
+    """Where runs go. mode auto: online with a key, else offline (`wandb sync` uploads later). WANDB_MODE wins."""
+
+    project: str
+    entity: str | None
+    group: str | None  # None: the sweep's name
+    mode: str  # auto | online | offline | disabled
+    dir: str
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise UserError(f"tracking.mode={self.mode} is unknown; allowed: {', '.join(MODES)}")
+
+    def start(self, cfg: DictConfig, run_id: str) -> wandb.Run | None:
+        """The W&B run of this id, new or continued; offline where the server fails, None if that fails too."""
+        mode = choose_mode(self.mode)
+        run = self._init(cfg, run_id, mode)
+        return run if run or mode in ("offline", "disabled") else self._init(cfg, run_id, "offline")
+
+    def _init(self, cfg: DictConfig, run_id: str, mode: str) -> wandb.Run | None:
+        def start() -> wandb.Run:
+            import wandb
+
+            Path(self.dir).mkdir(parents=True, exist_ok=True)
+            return wandb.init(
+                project=self.project,
+                entity=self.entity,
+                group=self.group or sweep_name(cfg),
+                id=run_id,
+                resume="allow",
+                mode=mode,
+                dir=self.dir,
+                config=OmegaConf.to_container(cfg, resolve=True),
+                settings=wandb.Settings(silent=True, console="off", init_timeout=30),
+            )
+
+        return attempt(f"W&B could not start ({mode})", start)
+
+
+@dataclass(frozen=True)
+class Tracker:
+    """What a run tells W&B. Without a W&B run, every call does nothing."""
+
+    run: wandb.Run | None
+
+    def log_row(self, row: Row) -> None:
+        """The row's numbers as the run's summary: metrics/fd_digits, metrics/fd_digits/low, cost/bops, ..."""
+        parts = {part: getattr(row, part) for part in MIRRORED}
+        self._send("the row", lambda run: run.summary.update(flat({**parts, "status": row.status})))
+
+    def log_image(self, name: str, path: Path) -> None:
+        """A picture, such as the sample grid."""
+
+        def send(run: wandb.Run) -> None:
+            import wandb
+
+            run.log({name: wandb.Image(str(path))})
+
+        self._send(name, send)
+
+    def log_curve(self, name: str, xs: Sequence[float], ys: Sequence[float]) -> None:
+        """A line chart of ys over xs, such as the error at each sampling step."""
+
+        def send(run: wandb.Run) -> None:
+            import wandb
+
+            table = wandb.Table(columns=["x", "y"], data=[list(pair) for pair in zip(xs, ys, strict=True)])
+            run.log({name: wandb.plot.line(table, "x", "y", title=name)})
+
+        self._send(name, send)
+
+    def _send(self, what: str, send: Callable[[wandb.Run], None]) -> None:
+        if self.run is not None:
+            attempt(f"W&B did not take {what}", partial(send, self.run))
+
+
+@contextmanager
+def track(cfg: DictConfig, run_id: str) -> Iterator[Tracker]:
+    """Track one run: `with track(cfg, run_id) as tracker`. cfg: the whole config. An error inside marks it failed."""
+    run = build(cfg.tracking).start(cfg, run_id)
+    exit_code = 1
+    try:
+        yield Tracker(run)
+        exit_code = 0
+    finally:
+        if run is not None:
+            attempt("W&B could not finish", partial(run.finish, exit_code=exit_code))
+
+
+def attempt(problem: str, action: Callable[[], Any]) -> Any:
+    """The result of action(), or None with a warning: whatever W&B raises, the run goes on."""
+    try:
+        return action()
+    except Exception as error:
+        log.warning("%s: %s: %s; the row is not affected", problem, type(error).__name__, " ".join(str(error).split()))
+        return None
+
+
+def choose_mode(mode: str) -> str:
+    """WANDB_MODE if set; else the given mode, where auto means online with a key and offline without."""
+    chosen = os.environ.get("WANDB_MODE") or mode
+    return ("online" if has_key() else "offline") if chosen == "auto" else chosen
+
+
+def has_key() -> bool:
+    """Whether W&B would find credentials: environment, or a netrc entry for its host. Asks no network."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname
+    files = [os.environ.get("NETRC"), "~/.netrc", "~/_netrc"]
+    path = next((path for name in files if name and (path := Path(name).expanduser()).is_file()), None)
+    try:
+        return path is not None and netrc.netrc(path).authenticators(host or "") is not None
+    except (netrc.NetrcParseError, OSError):
+        return False
+
+
+def sweep_name(cfg: DictConfig) -> str | None:
+    """The preset of `+sweeps=NAME`, the model's name in a sweep without one, None for a single run."""
+    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
+        return None
+    return HydraConfig.get().runtime.choices.get("sweeps") or cfg.model.name
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, keys joined by '/'; a metric's value stands under the metric's own name."""
+    result: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = prefix if key == "value" and prefix else f"{prefix}/{key}".lstrip("/")
+        result |= flat(value, name) if isinstance(value, Mapping) else {name: value}
+    return result

@@ -1,0 +1,1 @@
+"""Slow, plain implementations that the tests and the benchmark compare with."""

@@ -8,6 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 OFFLINE := HF_HUB_OFFLINE=1 WANDB_MODE=offline
 ARGS ?=
+unexport PYTHONDONTWRITEBYTECODE  # without caches, importing torch costs seconds in every process
 
 .DEFAULT_GOAL := help
 .PHONY: help install run test check smoke bench tables clean
@@ -44,8 +45,8 @@ smoke: $(STAMP) ## every method, seconds each
 bench: $(STAMP) ## speed against a plain implementation of the same maths
 	$(OFFLINE) $(BIN)/python -m bench $(ARGS)
 
-tables: $(STAMP) ## the papers' tables from finished rows, no GPU
-	$(BIN)/python -m dqbench.tables $(ARGS)
+tables: $(STAMP) ## finished and published rows as one table, no GPU
+	$(BIN)/python -m dqbench.results show $(ARGS)
 
 clean: ## remove .venv and caches; results/ stays
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis *.egg-info outputs multirun

@@ -1,6 +1,6 @@
 """python -m dqbench [overrides]: run one cell, or with -m a sweep; finished cells are skipped.
 
-Exit status: 0 done, 1 a cell failed, 2 bad input.
+Exit status: 0 done, 1 a cell failed, 2 bad input, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -14,39 +14,37 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from dqbench.config import check, data_root, exit_status, one_line, register, run_id
+from dqbench.config import data_root, exit_status, one_line, register, run_id
 from dqbench.errors import UserError
-from dqbench.launching.cells import sweep
+from dqbench.launching.cells import cells, is_finished, run_folder
+from dqbench.launching.explain import explain
+from dqbench.stages import taking_turns
 
 log = logging.getLogger("dqbench")
-failed: list[str] = []
+failures: list[Exception] = []  # of the cells that ran in this process
 
 
 def cell(cfg: DictConfig) -> None:
-    """Run one cell unless its row is there; in a sweep a failure is reported when it happens and the sweep goes on."""
-    from dqbench.results import Row, finished
-
-    check(cfg)
-    folder = Path(cfg.paths.results) / "runs" / run_id(cfg)
-    if finished(folder) is not None and not cfg.runtime.force:
-        log.info("%s is done: %s", folder.name, folder / "row.json")
-        return
+    """Run one cell unless its row is there. A failure is reported when it happens and kept: the sweep goes on."""
+    name = run_id(cfg)
     try:
-        _run(cfg, folder)
-    except UserError:
-        raise
+        with taking_turns(Path(cfg.paths.cache), f"run-{name}"):
+            if is_finished(cfg) and not cfg.runtime.force:
+                log.info("%s is done already", name)
+                return
+            log.info("%s starts: %s", name, " ".join(HydraConfig.get().overrides.task) or "the default")
+            _run(cfg, run_folder(cfg))
     except Exception as error:
-        failed.append(folder.name)
-        log.error("%s failed: %s: %s", folder.name, type(error).__name__, one_line(error))
-        log.debug("traceback", exc_info=True)
-        raise
-    assert Row.read(folder).status == "done"
+        failures.append(error)
+        overrides = " ".join(HydraConfig.get().overrides.task)
+        log.error("run %s failed: %s (%s)", name, reason(error), overrides or "the default", exc_info=True)
 
 
 def _run(cfg: DictConfig, folder: Path) -> None:
     from dqbench.run import run
     from dqbench.tracking import track
 
+    (folder / "row.json").unlink(missing_ok=True)  # with runtime.force: no row is better than one of an earlier attempt
     with track(cfg, folder.name) as tracker:
         row = run(cfg, folder)
         tracker.log_row(row)
@@ -55,48 +53,68 @@ def _run(cfg: DictConfig, folder: Path) -> None:
             tracker.log_curve("noise error", row.diagnostics["timestep"], row.diagnostics["noise_error"])
 
 
-def report(folders: list[Path]) -> None:
-    """Print the finished rows of `folders` as a table, and where they are."""
+def reason(error: Exception) -> str:
+    """What failed, on one line; for what is no mistake in the input with the error's kind."""
+    if isinstance(error, OSError) and error.strerror:
+        where = f": {error.filename}" if error.filename else ""
+        return f"{error.strerror}{where}; what is finished stays, the same command goes on from there"
+    return one_line(error) if isinstance(error, UserError) else f"{type(error).__name__}: {one_line(error)}"
+
+
+def report() -> int:
+    """Print the finished cells as a table, and where they are. Returns how many are not finished."""
     from rich.console import Console
 
     from dqbench.report import show
     from dqbench.results import finished
 
+    folders = list(dict.fromkeys(map(run_folder, cells)))
     rows = [row for row in map(finished, folders) if row is not None]
-    if not rows:
-        return
-    console = Console()
-    show(rows, console)
-    if len(folders) == 1:
-        console.print(f"row:     {folders[0] / 'row.json'}\nsamples: {folders[0] / 'samples.png'}", highlight=False)
-    else:
-        console.print(f"{len(rows)} of {len(folders)} cells done; rows: {folders[0].parent}/*/row.json", highlight=False)
+    if rows:
+        console = Console()
+        show(rows, console)
+        single = len(folders) == 1
+        names = ("row.json", "samples.png") if single else (f"{len(rows)} of {len(folders)} rows",)
+        paths = [folders[0] / name for name in names] if single else [folders[0].parent / "*" / "row.json"]
+        for name, path in zip(names, paths, strict=True):
+            console.print(f"{name}: {path}", highlight=False, soft_wrap=True)
+    return len(folders) - len(rows)
 
 
 @hydra.main(config_path=str(data_root() / "conf"), config_name="config", version_base="1.3")
 def hydra_main(cfg: DictConfig) -> None:
-    """Hydra's task function."""
+    """Hydra's task function. It never raises: Hydra would print the error a second time, in its own way."""
     cell(cfg)
-    if HydraConfig.get().mode == hydra.types.RunMode.RUN:
-        report([Path(cfg.paths.results) / "runs" / run_id(cfg)])
 
 
 def main() -> None:
     """The console script."""
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach us instead of Hydra's own printer
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us instead of Hydra's own printer
+    logging.raiseExceptions = bool(os.environ.get("DQBENCH_DEBUG"))  # a log file on a full disk is no second problem
     register()
+    failures.clear()
+    cells.clear()
+    try:
+        _launch()
+    except KeyboardInterrupt:
+        print("dqbench: interrupted; the same command goes on from there", file=sys.stderr)
+        sys.exit(130)
+    missing = report()
+    if failures or missing:
+        sys.exit(2 if len(cells) == 1 and isinstance(failures[-1], UserError) else 1)
+
+
+def _launch() -> None:
+    """Let Hydra run the cells. Returns when all that could run have run; ends the program where none may."""
     try:
         with exit_status():
             hydra_main()
-    except Exception as error:
-        if os.environ.get("DQBENCH_DEBUG"):
+    except SystemExit as end:
+        if end.code or not cells:  # not 0, or --help and the like; else all cells were finished before
             raise
-        if not failed:
-            print(f"dqbench: {type(error).__name__}: {one_line(error)}", file=sys.stderr)
-        sys.exit(1)
-    finally:
-        if sweep:
-            report([Path(item.paths.results) / "runs" / run_id(item) for item in sweep])
+    except (OSError, ValueError) as error:  # Hydra cannot read the command line, or cannot write to the results
+        print(f"dqbench: {reason(error) if isinstance(error, OSError) else explain(error)}", file=sys.stderr)
+        sys.exit(1 if isinstance(error, OSError) else 2)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from dqbench.config import Calib, Sampler
 from dqbench.errors import UserError
 from dqbench.models import anatomy, denoiser
 from dqbench.sampling import generate
-from dqbench.shards import Shards, fill
+from dqbench.shards import Shards, create_array, fill, save_array
 
 Batch = dict[str, Tensor]
 
@@ -162,11 +162,11 @@ def select(source: Path, calib: Calib, seed: int, target: Path) -> None:
         halves, steps, *shape = array.shape[1:]
         chain, step = pick(calib, steps, seed)
         count = len(chain)
-        rows = np.lib.format.open_memmap(target / f"{name}.npy", "w+", array.dtype, (halves * count, *shape))
+        rows = create_array(target / f"{name}.npy", array.dtype, (halves * count, *shape))
         for i, (c, s) in enumerate(zip(chain, step, strict=True)):
             rows[i::count] = array[c][:, s]
         rows.flush()
-    np.save(target / "step.npy", np.tile(step, halves))
+    save_array(target / "step.npy", np.tile(step, halves))
     if calib.official and calib.policy == "normal":  # the release feeds the network the loop counter as its time input
         timestep = np.load(target / "timestep.npy", mmap_mode="r+")
         timestep[:] = np.tile(step, halves)

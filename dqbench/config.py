@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -141,10 +141,11 @@ class Config:
 
 def register() -> None:
     """Make the schema, the `run_id` resolver and the search path of sweeps/ known to Hydra. Safe to call twice."""
-    from dqbench.launching.searchpath import register_search_path
+    from dqbench.launching.searchpath import choices, register_search_path
 
     ConfigStore.instance().store(name="schema", node=Config)
     OmegaConf.register_new_resolver("run_id", lambda *, _root_: run_id(_root_), replace=True)
+    OmegaConf.register_new_resolver("choices", choices, replace=True)
     register_search_path()
 
 
@@ -184,17 +185,18 @@ def build(node: DictConfig) -> Any:
     """Validate `node` against its `_target_` dataclass (keys, types, nothing missing), then construct it."""
     import hydra
 
-    cls = hydra.utils.get_class(node._target_)
+    from dqbench.launching.explain import explain
+
+    where = str(node._key() or "")
+    try:
+        cls = hydra.utils.get_class(node._target_)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"{where}._target_={node._target_} is no class ({one_line(error)}); allowed: a dotted name") from error
     values = {key: value for key, value in node.items() if not key.startswith("_")}
-    unknown = values.keys() - {field.name for field in fields(cls)}
-    if unknown:
-        raise UserError(f"{cls.__name__} has no key {', '.join(sorted(unknown))}; allowed: {names(cls)}")
-    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), values))
-
-
-def names(cls: type) -> str:
-    """The fields of a dataclass, for an error line."""
-    return ", ".join(field.name for field in fields(cls))
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), values))
+    except OmegaConfBaseException as error:
+        raise UserError(explain(error, where)) from error
 
 
 def compose(overrides: list[str]) -> DictConfig:
@@ -219,49 +221,6 @@ def expand(overrides: list[str]) -> Iterator[list[str]]:
         yield from (list(cell) for cell in batch)
 
 
-def check(cfg: DictConfig) -> None:
-    """Raise UserError for values that no schema type excludes. Imports nothing heavy."""
-    for key, bits in cfg.bits.items():
-        if not (2 <= bits <= 8 or bits in OFF):
-            raise UserError(f"bits.{key}={bits} is not supported; allowed: 2 to 8, or 16 and 32 for full precision")
-    for key, value, allowed in (
-        ("sampler.spacing", cfg.sampler.spacing, ("leading", "trailing", "linspace", "quad")),
-        ("calib.source", cfg.calib.source, ("trajectory", "noise", "image", "train_mimic")),
-        ("calib.policy", cfg.calib.policy, ("uniform", "normal", "fixed")),
-        ("recon.order", cfg.recon.order, ("execution", "official")),
-        ("recon.split_penalty", cfg.recon.split_penalty, ("both", "first")),
-        ("recon.act_init", cfg.recon.act_init, ("random", "first")),
-        ("model.dtype", cfg.model.dtype, ("float32", "float16", "bfloat16")),
-    ):
-        if value not in allowed:
-            raise UserError(f"{key}={value} is unknown; allowed: {', '.join(allowed)}")
-    check_ranges(cfg)
-
-
-def check_ranges(cfg: DictConfig) -> None:
-    """Raise UserError for numbers outside their range."""
-    for key, value, low, high in (
-        ("sampler.steps", cfg.sampler.steps, 1, 1000),
-        ("sampler.eta", cfg.sampler.eta, 0, 1),
-        ("sampler.num_samples", cfg.sampler.num_samples, 2, None),
-        ("sampler.batch_size", cfg.sampler.batch_size, 1, None),
-        ("calib.chains", cfg.calib.chains, 1, None),
-        ("calib.samples", cfg.calib.samples, 1, None),
-        ("calib.steps", cfg.calib.steps, 1, cfg.sampler.steps if cfg.calib.policy == "uniform" else None),
-        ("calib.step", cfg.calib.step or 0, 0, cfg.sampler.steps - 1),
-        ("calib.std", cfg.calib.std, 0, None),
-        ("recon.iters", cfg.recon.iters, 0, None),
-        ("recon.iters_act", cfg.recon.iters_act, 0, None),
-        ("recon.batch_size", cfg.recon.batch_size, 1, None),
-        ("recon.warmup", cfg.recon.warmup, 0, 1),
-        ("recon.act_init_samples", cfg.recon.act_init_samples, 1, None),
-        ("seed", cfg.seed, 0, None),
-    ):
-        if value < low or (high is not None and value > high):
-            limit = f"{low} to {high}" if high is not None else f"{low} or more"
-            raise UserError(f"{key}={value} is out of range; allowed: {limit}")
-
-
 def split_json(argv: list[str]) -> tuple[list[str], Path | None]:
     """Split `json=PATH` off a reporting command's arguments."""
     targets = [Path(arg.removeprefix("json=")) for arg in argv if arg.startswith("json=")]
@@ -278,12 +237,14 @@ def exit_status() -> Iterator[None]:
     """Turn what a user can mend into one line on stderr and exit status 2. DQBENCH_DEBUG=1 keeps the traceback."""
     from hydra.errors import HydraException
 
+    from dqbench.launching.explain import explain
+
     try:
         yield
     except (UserError, HydraException, OmegaConfBaseException) as error:
         if os.environ.get("DQBENCH_DEBUG"):
             raise
-        print(f"dqbench: {one_line(error)}", file=sys.stderr)
+        print(f"dqbench: {explain(error)}", file=sys.stderr)
         sys.exit(2)
 
 

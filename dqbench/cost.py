@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from dqbench.config import Bits, check, command, compose, split_json
+from dqbench.config import Bits, command, compose, split_json
+from dqbench.launching.checks import check
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -112,16 +112,15 @@ def devices() -> str:
 
 
 def configs() -> Finding:
-    """conf/ and the miniatures' weights, which the default run needs."""
-    weights = sorted((Path(__file__).parent / "zoo").glob("*/**/*.safetensors"))
-    if not (data_root() / "conf" / "config.yaml").is_file():
-        return Finding(
-            "configs", f"none in {data_root()}", "the installation is incomplete: install dqbench again", True
-        )
-    if not weights:
-        fix = "make the default model: python -m dqbench.zoo.train digits_ddpm"
-        return Finding("configs", f"{data_root() / 'conf'}, no weights in the zoo", fix, True)
-    return Finding("configs", f"{data_root() / 'conf'}, {len(weights)} weight files in the zoo")
+    """conf/, and the weights of the miniatures that the default run needs."""
+    conf = data_root() / "conf"
+    if not (conf / "config.yaml").is_file():
+        return Finding("configs", f"none in {data_root()}", "incomplete installation: install dqbench again", True)
+    zoo = Path(__file__).parent / "zoo"
+    absent = [name for name in ("digits_ddpm", "digits_classifier") if not any(zoo.glob(f"{name}/**/*.safetensors"))]
+    fix = "make the weights: " + ", ".join(f"python -m dqbench.zoo.train {name}" for name in absent) if absent else ""
+    found = f"{conf}, embedded models {'absent: ' + ', '.join(absent) if absent else 'present'}"
+    return Finding("configs", found, fix, bool(absent))
 
 
 def disk(results: Path) -> Finding:
@@ -140,12 +139,9 @@ def memory() -> Finding:
     import psutil
 
     now = psutil.virtual_memory()
-    fix = (
-        "close other programs, or lower sampler.batch_size and recon.batch_size"
-        if now.available < ENOUGH_MEMORY
-        else ""
-    )
-    return Finding("memory", f"{now.available / GB:.1f} of {now.total / GB:.1f} GB available", fix)
+    fix = "close other programs, or lower sampler.batch_size and recon.batch_size"
+    found = f"{now.available / GB:.1f} of {now.total / GB:.1f} GB available"
+    return Finding("memory", found, fix if now.available < ENOUGH_MEMORY else "")
 
 
 def wandb_mode() -> Finding:
@@ -185,7 +181,7 @@ def main(argv: Sequence[str]) -> None:
     show(found)
     if target is not None:
         atomic_write(target, json.dumps([asdict(finding) for finding in found], indent=1) + "\n")
-    sys.exit(any(finding.blocks for finding in found))
+    sys.exit(int(any(finding.blocks for finding in found)))
 
 
 def show(found: Sequence[Finding]) -> None:

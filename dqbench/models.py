@@ -88,6 +88,17 @@ def resolve(model: Model) -> str:
     return str(folder) if folder.is_dir() else model.path
 
 
+def snapshot(model: Model) -> str:
+    """The pipeline's folder on this machine; a hub id is fetched where it is not cached and the hub may be asked."""
+    path = resolve(model)
+    if Path(path).is_dir():
+        return path
+    try:
+        return str(locate(model.pipeline).download(path, local_files_only=offline()))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(missing_checkpoint(model, path, error)) from error
+
+
 def load(model: Model, device: str = "cpu") -> DiffusionPipeline:
     """The full-precision pipeline of `model` in eval mode, without gradients, its anatomy attached."""
     path = resolve(model)
@@ -174,11 +185,9 @@ def architecture(model: Model) -> dict[str, Any]:
 
 def checkpoint_hash(model: Model) -> str:
     """SHA-256 over the names and contents of a pipeline folder; a hub id is hashed by its cached snapshot's commit."""
-    path = resolve(model)
-    if not Path(path).is_dir():
-        from huggingface_hub import snapshot_download
-
-        return Path(snapshot_download(path, local_files_only=True)).name
+    path = snapshot(model)
+    if not Path(resolve(model)).is_dir():
+        return Path(path).name
     total = hashlib.sha256()
     for file in sorted(Path(path).rglob("*")):
         if file.suffix in {".safetensors", ".json", ".bin", ".txt", ".model"}:

@@ -92,7 +92,7 @@ def check_strict(value: Any, name: str) -> None:
             check_strict(item, f"{name}[{index}]")
     elif isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"row field {name} is {value}: a row holds finite numbers only")
-    elif value is not None and type(value) not in (bool, int, float, str):
+    elif value is not None and not isinstance(value, (bool, int, float, str)):
         raise TypeError(f"row field {name} is a {type(value).__name__}: a row holds plain JSON values only")
 
 

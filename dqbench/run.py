@@ -17,8 +17,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from dqbench import cost
 from dqbench.calibration import CalibrationSet, calibration_seeds, record_trajectory, replace_source, select
-from dqbench.config import THROUGHPUT, build, check, identity, plain, run_id
+from dqbench.config import THROUGHPUT, build, identity, plain, run_id
 from dqbench.diagnostics import curve, mean_over_chains, noise_errors, save_grid
+from dqbench.launching.checks import check
+from dqbench.launching.preflight import choose_device, preflight
 from dqbench.methods.fp32 import FP32
 from dqbench.metrics.guards import check_finite, check_samples
 from dqbench.metrics.paired import paired
@@ -75,11 +77,11 @@ class Cell:
         if self.cfg.runtime.threads:
             torch.set_num_threads(self.cfg.runtime.threads)
         self.metrics.check(self.model.data, self.sampler.num_samples)
+        preflight(self.model, self.sampler, self.cfg.runtime.device)
 
     @cached_property
     def device(self) -> str:
-        wanted = self.cfg.runtime.device
-        return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
+        return choose_device(self.cfg.runtime.device)
 
     @cached_property
     def pipe(self) -> DiffusionPipeline:

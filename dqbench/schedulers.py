@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from typing import Any
 
 import diffusers
@@ -50,11 +51,14 @@ def make_scheduler(config: dict[str, Any], sampler: Sampler) -> Any:
     settings = dict(sampler.kwargs)
     if sampler.spacing != "quad":
         settings["timestep_spacing"] = sampler.spacing
+    accepted = [name for name in inspect.signature(cls.__init__).parameters if name != "self"]
+    for name in settings:
+        if name not in accepted:
+            where = "spacing" if name == "timestep_spacing" else f"kwargs.{name}"
+            raise UserError(f"sampler.{where} has no meaning for {sampler.scheduler}; it takes: {', '.join(accepted)}")
     train_steps = config.get("num_train_timesteps", sampler.steps)
     if sampler.steps > train_steps:
-        raise UserError(
-            f"sampler.steps={sampler.steps}: the model was trained with {train_steps} steps; allowed: 1 to that"
-        )
+        raise UserError(f"sampler.steps={sampler.steps} is more than the model was trained with; allowed: 1 to {train_steps}")
     return cls.from_config(config, **settings)
 
 

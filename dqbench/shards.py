@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import bisect
 import functools
+import io
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +13,28 @@ from pathlib import Path
 import numpy as np
 
 from dqbench.progress import track
+
+
+def save_array(path: Path, values: np.ndarray) -> None:
+    """Write a .npy file whole or not at all; a full disk is an OSError that says so (np.save's own does not)."""
+    content = io.BytesIO()
+    np.save(content, values)
+    partial = path.with_suffix(".tmp")
+    try:
+        partial.write_bytes(content.getbuffer())
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def create_array(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    """A new memory-mapped .npy file with its disk space reserved: on a full disk an OSError, not a fatal signal later."""
+    rows = np.lib.format.open_memmap(path, "w+", dtype, shape)
+    if hasattr(os, "posix_fallocate"):
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return rows
 
 
 @dataclass(frozen=True)
@@ -31,11 +55,7 @@ class Shards:
 
     def write(self, first: int, rows: np.ndarray) -> None:
         """Store rows [n, ...] as first..first+n-1, atomically."""
-        target = self.path(first, first + len(rows))
-        partial = target.with_suffix(".tmp")
-        with partial.open("wb") as file:
-            np.save(file, rows)
-        partial.replace(target)
+        save_array(self.path(first, first + len(rows)), rows)
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from dqbench.config import digest
 from dqbench.results import atomic_write
@@ -50,7 +50,7 @@ class Store:
         key = digest(depends)
         folder = self.root / stage / key
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_suffix(".lock")):
+        with taking_turns(self.root, f"{stage}-{key}"):
             if not self._is_whole(folder):
                 self._produce(folder, depends, produce)
         manifest = json.loads((folder / MANIFEST).read_text())
@@ -70,6 +70,7 @@ class Store:
         part = folder.with_suffix(".part")
         resumed = part.exists()
         part.mkdir(exist_ok=True)
+        drop_temporaries(part)
         started = time.perf_counter()
         with resuming(part):
             produce(part)
@@ -79,6 +80,29 @@ class Store:
         atomic_write(part / MANIFEST, json.dumps(content, indent=1, sort_keys=True))
         part.rename(folder)
         _verified.add(folder)
+
+
+@contextmanager
+def taking_turns(root: Path, name: str) -> Iterator[None]:
+    """Hold the lock `name` of the cache `root`; the system lets go of it when the process dies, however it dies."""
+    folder = root / ".locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / name)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log.info("waiting: another process works on %s", name)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def drop_temporaries(part: Path) -> None:
+    """Delete the temporary folders that a killed attempt had in its scratch folders."""
+    for folder in (part / "scratch").glob("*/tmp*"):
+        shutil.rmtree(folder)
 
 
 @contextmanager

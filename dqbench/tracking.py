@@ -86,8 +86,11 @@ class Tracker:
 
     def log_row(self, row: Row) -> None:
         """The row's numbers as the run's summary: metrics/fd_digits, metrics/fd_digits/low, cost/bops, ..."""
-        parts = {part: getattr(row, part) for part in MIRRORED}
-        self._send("the row", lambda run: run.summary.update(flat({**parts, "status": row.status})))
+
+        def send(run: wandb.Run) -> None:
+            run.summary.update(flat({part: getattr(row, part) for part in MIRRORED} | {"status": row.status}))
+
+        self._send("the row", send)
 
     def log_image(self, name: str, path: Path) -> None:
         """A picture, such as the sample grid."""

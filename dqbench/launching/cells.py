@@ -1,28 +1,70 @@
-"""A Hydra callback that remembers, in the launching process, which cells a sweep has, and refuses bad ones at once."""
+"""A Hydra callback: before anything runs or is created, all cells are known, checked, and looked up among the finished."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-sweep: list[DictConfig] = []  # the resolved-on-access configs of the running multirun's cells
+from dqbench.config import build, compose, exit_status, expand, one_line, run_id
+from dqbench.launching.checks import check
+
+cells: list[DictConfig] = []  # of this invocation: one, or those of a sweep
 
 
 class Cells(Callback):
-    """Fills `sweep` before the first cell starts."""
+    """Fills `cells`; ends the program where one of them is bad (status 2) or all are finished (status 0)."""
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """A single run."""
+        with ending():
+            admit([config])
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Compose and check every cell; raises UserError before anything runs."""
-        from dqbench.config import check, compose, expand
-
-        overrides = [*params(config.hydra.sweeper.params), *config.hydra.overrides.task]
-        sweep[:] = [compose(cell) for cell in expand(overrides)]
-        for cell in sweep:
-            check(cell)
+        """A sweep: hydra.sweeper.params of a preset, then the command line."""
+        with ending():
+            given = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
+            admit([compose(overrides) for overrides in expand([*given, *config.hydra.overrides.task])])
 
 
-def params(node: DictConfig | None) -> list[str]:
-    """hydra.sweeper.params of a preset as overrides."""
-    return [f"{key}={value}" for key, value in (node or {}).items()]
+def admit(configs: list[DictConfig]) -> None:
+    """Raise UserError for a bad cell, SystemExit(0) where no cell is left to run. Heavy imports only for cells to run."""
+    for cfg in configs:
+        check(cfg)
+    cells[:] = configs
+    pending = [cfg for cfg in configs if cfg.runtime.force or not is_finished(cfg)]
+    if not pending:
+        raise SystemExit(0)
+    from dqbench.run import Cell
+
+    for cfg in pending:
+        Cell(cfg)
+        build(cfg.tracking)
+
+
+def run_folder(cfg: DictConfig) -> Path:
+    """Where a cell leaves its row."""
+    return Path(cfg.paths.results) / "runs" / run_id(cfg)
+
+
+def is_finished(cfg: DictConfig) -> bool:
+    """Whether a cell's row is there."""
+    from dqbench.results import finished
+
+    return finished(run_folder(cfg)) is not None
+
+
+@contextmanager
+def ending() -> Iterator[None]:
+    """End the program on any error: Hydra would make a warning of what a callback raises, and go on."""
+    try:
+        with exit_status():
+            yield
+    except Exception as error:
+        print(f"dqbench: {type(error).__name__}: {one_line(error)}", file=sys.stderr)
+        raise SystemExit(1) from error

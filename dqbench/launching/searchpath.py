@@ -7,6 +7,7 @@ from pathlib import Path
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import OmegaConf
 
 
 class SweepsSearchPath(SearchPathPlugin):
@@ -24,3 +25,28 @@ class SweepsSearchPath(SearchPathPlugin):
 def register_search_path() -> None:
     """Register the plugin once per process."""
     Plugins.instance().register(SweepsSearchPath)
+
+
+def presets() -> list[str]:
+    """The names that `+sweeps=NAME` takes."""
+    from dqbench.config import data_root
+
+    return sorted({path.stem for root in (data_root(), Path.cwd()) for path in (root / "sweeps").glob("*.yaml")})
+
+
+def choices() -> str:
+    """Every config group with its options, the default starred; one line each, for --help."""
+    from dqbench.config import data_root
+
+    conf = data_root() / "conf"
+    chosen: dict[str, str] = {}
+    for entry in OmegaConf.load(conf / "config.yaml").defaults:
+        chosen |= dict(entry) if OmegaConf.is_dict(entry) else {}
+    groups = {folder.name: sorted(path.stem for path in folder.glob("*.yaml")) for folder in sorted(conf.iterdir()) if folder.is_dir()}
+    groups |= {"+sweeps": presets()}
+    lines = [
+        f"{group:<10}{', '.join(name + '*' * (chosen.get(group) == name) for name in names)}"
+        for group, names in groups.items()
+        if names
+    ]
+    return "\n  ".join(lines)

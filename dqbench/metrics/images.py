@@ -32,7 +32,8 @@ class ArrayImages(Dataset):
 def extract(images: Dataset, network: Callable[[Tensor], tuple[Tensor, ...]], batch_size: int) -> list[Tensor]:
     """The outputs of `network` for all images, one tensor [N, D] on the CPU per output. Uses a GPU if there is one."""
     batches = DataLoader(images, batch_size)
-    outputs = [network(batch.to(device())) for batch in track(batches, "features of images", len(batches))]
+    shown = track(batches, "features of images", len(batches)) if len(batches) > 1 else batches
+    outputs = [network(batch.to(device())) for batch in shown]
     return [torch.cat([part.cpu() for part in parts]) for parts in zip(*outputs, strict=True)]
 
 

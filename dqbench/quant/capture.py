@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dqbench.calibration import CalibrationSet
+from dqbench.shards import create_array
 
 BATCH = 64  # rows of one capturing forward; stored rows do not depend on who asks for them
 
@@ -40,12 +41,14 @@ class Rows:
         if name not in self.arrays:
             self.folder.mkdir(parents=True, exist_ok=True)
             file, shape = self.folder / f"{name}.npy", (self.count, *values.shape[1:])
-            self.arrays[name] = np.lib.format.open_memmap(file, "w+", np.dtype(str(values.dtype)[6:]), shape)
+            self.arrays[name] = create_array(file, np.dtype(str(values.dtype)[6:]), shape)
         self.arrays[name][first : first + len(values)] = values.numpy()
 
     def read(self, name: str, rows: slice | np.ndarray, device: torch.device) -> Tensor:
-        """Chosen rows of array `name` on `device`."""
-        return torch.from_numpy(np.array(self.arrays[name][rows])).to(device)
+        """A copy of chosen rows of array `name` on `device`."""
+        values = torch.from_numpy(self.arrays[name])
+        chosen = values[rows].clone() if isinstance(rows, slice) else values.index_select(0, torch.from_numpy(rows))
+        return chosen.to(device)
 
     def drop(self) -> None:
         """Delete the files."""

@@ -2,7 +2,8 @@
 
 x is represented by scale * (code - zero_point), code = clip(round(x / scale) + zero_point, qmin, qmax).
 Rounding is half to even. Zero points are whole numbers held in floating tensors and may lie outside [qmin, qmax].
-Gradients are those of the straight-through estimator as Q-Diffusion's release uses it (arXiv:2302.04304), not LSQ's.
+Gradients are those of the straight-through estimator as Q-Diffusion's release uses it (arXiv:2302.04304), not LSQ's; a
+code on a bound counts as inside (torch.clamp's own gradient there was 1 until torch 2.14 made it 0).
 """
 
 from __future__ import annotations

@@ -8,16 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from dqbench.errors import UserError
-from dqbench.quant.functional import (
-    adaround_grid,
-    adaround_init,
-    adaround_soft,
-    adaround_soft_penalty,
-    fake_quantize,
-    qrange,
-)
+from dqbench.quant.functional import GAMMA, ZETA, adaround_grid, adaround_init, fake_quantize, qrange
 from dqbench.quant.ranges import blend, choose_qparams, extremes, ptq4dm_qparams, ptq4dm_range, range_qparams
 
 
@@ -195,33 +190,78 @@ def union(running: tuple[Tensor, Tensor] | None, new: tuple[Tensor, Tensor]) -> 
 class AdaRound(nn.Module):
     """Parametrization of a weight by learnable rounding (Nagel et al. 2020, arXiv:2004.10568, Eq. 22-24).
 
-    alpha: the weight's shape. `penalty` holds the rounding regulariser of the last forward, summed over elements, where
-    `beta` is set; only the first `regularised` input channels take part, if given (the release's quirk in split layers).
+    alpha: the weight's shape. Where `beta` is set, alpha's gradient has that of strength x sum of 1 - |2h - 1|^beta added
+    to it; only the first `regularised` input channels take part, if given (the release's quirk in split layers).
     """
 
     def __init__(self, weight: Tensor, grid: Grid, regularised: int | None = None) -> None:
         super().__init__()
         floor, alpha = adaround_init(weight, grid.scale)
         base, step = adaround_grid(floor, grid.scale, grid.zero_point, grid.qmin, grid.qmax)
-        self.register_buffer("base", base, persistent=False)
-        self.register_buffer("step", step, persistent=False)
-        self.alpha = nn.Parameter(alpha)
+        self.register_buffer("base", base.contiguous(), persistent=False)
+        self.register_buffer("step", step.contiguous(), persistent=False)
+        self.register_buffer("slope", torch.empty_like(self.base), persistent=False)  # d weight / d alpha
+        self.register_buffer("pull", torch.empty_like(self.base), persistent=False)  # d regulariser / d alpha
+        self.alpha = nn.Parameter(alpha.contiguous())
         self.regularised = regularised
         self.beta: float | None = None
-        self.penalty: Tensor | None = None
+        self.strength = 0.0
 
     def forward(self, weight: Tensor) -> Tensor:
         """Soft weights; the original weight only gave the shape."""
-        if self.beta is None:
-            return adaround_soft(self.alpha, self.base, self.step)
-        if self.regularised is None:
-            soft, self.penalty = adaround_soft_penalty(self.alpha, self.base, self.step, self.beta)
-            return soft
-        cut = self.regularised
-        tensors = (self.alpha, self.base, self.step)
-        soft, self.penalty = adaround_soft_penalty(*(tensor[:, :cut] for tensor in tensors), self.beta)
-        return torch.cat([soft, adaround_soft(*(tensor[:, cut:] for tensor in tensors))], dim=1)
+        return _SoftRounding.apply(self.alpha, self)
+
+    def soft(self) -> Tensor:
+        """base + step * h(alpha), one pass over pieces that stay in cache; leaves slope and pull for the gradient."""
+        weight = torch.empty_like(self.base)
+        tensors = (self.alpha.detach(), self.base, self.step, weight, self.slope, self.pull)
+        size = 2**16 if weight.device.type == "cpu" else weight.numel()
+        scratch = weight.new_empty(2, min(size, weight.numel()))
+        for alpha, base, step, *results in zip(*(x.view(-1).split(size) for x in tensors), strict=True):
+            sigmoid, live = scratch[:, : len(alpha)]
+            _soften(alpha, base, step, sigmoid, live, results)
+            if self.beta is not None:
+                _regularise(sigmoid, live, results[2], self.beta, self.strength)
+        if self.beta is not None and self.regularised is not None:
+            self.pull[:, self.regularised :] = 0
+        return weight
 
     def hard(self) -> Tensor:
         """Rounded weights: up where alpha >= 0."""
         return torch.where(self.alpha.detach() >= 0, self.base + self.step, self.base)
+
+
+def _soften(alpha: Tensor, base: Tensor, step: Tensor, sigmoid: Tensor, live: Tensor, results: list[Tensor]) -> None:
+    """Fill results = [base + step * h, its derivative, h]; `sigmoid` is left as dh/dalpha / (zeta - gamma)."""
+    weight, slope, h = results
+    torch.sigmoid(alpha, out=sigmoid)
+    torch.mul(sigmoid, ZETA - GAMMA, out=live).add_(GAMMA)
+    torch.clamp(live, 0, 1, out=h)
+    live.eq_(h)
+    torch.addcmul(base, h, step, out=weight)
+    sigmoid.addcmul_(sigmoid, sigmoid, value=-1).mul_(live)
+    torch.mul(sigmoid, step, out=slope).mul_(ZETA - GAMMA)
+
+
+def _regularise(sigmoid: Tensor, power: Tensor, h: Tensor, beta: float, strength: float) -> None:
+    """Replace h by the gradient of strength x (1 - |2h - 1|^beta); beta > 1. `power` is scratch."""
+    h.mul_(2).sub_(1)
+    torch.abs(h, out=power).log_().mul_(beta - 1).exp_().copysign_(h)  # exp(b log) takes a fifth of pow's time
+    torch.mul(power, sigmoid, out=h).mul_(-2 * beta * strength * (ZETA - GAMMA))
+
+
+class _SoftRounding(Function):
+    """The gradient comes from the rounder's own buffers: one forward, then its backward, as the learning loop does."""
+
+    @staticmethod
+    def forward(ctx: Any, alpha: Tensor, rounder: AdaRound) -> Tensor:
+        ctx.rounder = rounder
+        return rounder.soft()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rounder = ctx.rounder
+        if rounder.beta is None:
+            return grad * rounder.slope, None
+        return torch.addcmul(rounder.pull, grad, rounder.slope), None

@@ -62,24 +62,20 @@ def _power_sum(x: Tensor, inverse: Tensor, lo: Tensor, hi: Tensor, p: float) -> 
     for piece in x.split(_piece(x), dim=1):
         error = piece * inverse
         error.sub_(error.round().clamp_min_(lo).clamp_max_(hi))
-        total = total + error.mul_(error).log_().mul_(p / 2).exp_().sum(dim=1)
+        power = error.mul_(error).add_(1e-30).log_().mul_(p / 2).exp_()  # not exactly 0: log(0) takes 50 times as long
+        total = total + power.sum(dim=1)
     return total
 
 
 def _exact_best(x: Tensor, candidates: Candidates, contested: Tensor, p: float) -> Tensor:
     """[R]: the first of the contested [K, R] candidates with the smallest score."""
     scores = torch.full_like(candidates.scale, torch.inf)
-    for pairs in contested.nonzero().split(max(1, _piece(x) // x.shape[1])):
-        k, rows = pairs.unbind(1)
-        scale, zero_point = candidates.scale[k, rows, None], candidates.zero_point[k, rows, None]
-        scores[k, rows] = _score(x[rows], scale, zero_point, (candidates.qmin, candidates.qmax), p)
+    # One row at a time: torch's pow rounds the last elements of a tensor differently from those it treats as vectors.
+    for k, row in contested.nonzero().tolist():
+        scale, zero_point = candidates.scale[k, row], candidates.zero_point[k, row]
+        codes = (x[row] / scale).round_().add_(zero_point).clamp_(candidates.qmin, candidates.qmax)
+        scores[k, row] = (x[row] - codes.sub_(zero_point).mul_(scale)).abs_().pow_(p).mean()
     return scores.argmin(dim=0)
-
-
-def _score(x: Tensor, scale: Tensor, zero_point: Tensor, bounds: tuple[int, int], p: float) -> Tensor:
-    """mean |x - q|^p over each row, rounded where the releases round. Near-ties depend on torch's pow and mean."""
-    codes = (x / scale).round_().add_(zero_point).clamp_(*bounds)
-    return (x - codes.sub_(zero_point).mul_(scale)).abs_().pow_(p).mean(dim=1)
 
 
 def _row_slices(x: Tensor) -> Iterator[slice]:

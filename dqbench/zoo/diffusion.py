@@ -40,10 +40,10 @@ class DigitsDiffusion:
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """L_simple over every digit, averaged over 10 seeded draws of timestep and noise."""
+        """L_simple over every digit, averaged over two seeded draws of timestep and noise."""
         generator = torch.Generator().manual_seed(0)
-        losses = [self._loss_on(model, self.images, generator).item() for _ in range(10)]
-        return {"loss": sum(losses) / len(losses)}
+        losses = [self._loss_on(model, self.images, generator).item() for _ in range(2)]
+        return {"loss": sum(losses) / 2}
 
     def save(self, model: UNet2DModel, folder: Path) -> None:
         DDPMPipeline(unet=model, scheduler=self.noise).save_pretrained(folder, safe_serialization=True)

@@ -1,7 +1,7 @@
 """The releases' quantizers written the slow way: Python loops over channels and candidates, autograd left to itself.
 
-Written from the papers and from what the releases do (Q-Diffusion, arXiv:2302.04304; PTQ4DM, arXiv:2211.15736), not from
-dqbench.quant. Tests compare with it; the benchmark measures against it. Each function quantizes ONE tensor (one range);
+Written from the papers and from what the releases do (Q-Diffusion, arXiv:2302.04304; PTQ4DM, arXiv:2211.15736), not
+from dqbench.quant. Tests compare with it; the benchmark measures against it. Each choice of a range is for ONE tensor;
 `per_row` applies it channel by channel.
 """
 
@@ -26,11 +26,17 @@ def per_row(choose: Callable[..., tuple], x: Tensor, *args, **kwargs) -> tuple[T
     return torch.tensor(scales), torch.tensor(zero_points)
 
 
+def clip(x: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
+    """Clip whose gradient is 1 on the bounds too, as torch.clamp's was until torch 2.14 made it 0 there."""
+    clipped = x.detach().clamp(low, high)
+    return torch.where(clipped == x.detach(), x, clipped)
+
+
 def ste_fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
     """The composite that autograd differentiates by itself."""
     ratio = x / scale
     rounded = ratio + (torch.round(ratio) - ratio).detach()
-    return (torch.clamp(rounded + zero_point, qmin, qmax) - zero_point) * scale
+    return (clip(rounded + zero_point, qmin, qmax) - zero_point) * scale
 
 
 def scalar_code(value: float, scale: float, zero_point: float, qmin: int, qmax: int) -> int:
@@ -104,7 +110,7 @@ def mse_symmetric_sane(x: Tensor, n_bits: int):
 
 
 def ptq4dm(x: Tensor, n_bits: int, side: int, official: bool):
-    """PTQ4DM's 1-D search, T = R / 100 * i; side 1: [0, T], -1: [-T, 0], 0: [-T, T] with a rounding-fragile zero point."""
+    """PTQ4DM's 1-D search, T = R / 100 * i; side 1: [0, T], -1: [-T, 0], 0: [-T, T], whose zero point is fragile."""
     limit = torch.maximum(x.min().abs(), x.max())
     best, chosen = math.inf, None
     for i in range(1, 101):
@@ -127,14 +133,48 @@ def ptq4dm_qparams(low: Tensor, high: Tensor, n_bits: int, side: int, official: 
 
 
 def stretched_sigmoid(alpha: Tensor) -> Tensor:
-    return torch.clamp(torch.sigmoid(alpha) * (ZETA - GAMMA) + GAMMA, 0, 1)
+    return clip(torch.sigmoid(alpha) * (ZETA - GAMMA) + GAMMA, 0, 1)
 
 
 def adaround_soft(weight: Tensor, alpha: Tensor, scale: Tensor, zero_point: Tensor, n_bits: int) -> Tensor:
     """AdaRound's soft weights, everything recomputed at each call."""
     soft = torch.floor(weight / scale) + stretched_sigmoid(alpha) + zero_point
-    return (torch.clamp(soft, 0, 2**n_bits - 1) - zero_point) * scale
+    return (clip(soft, 0, 2**n_bits - 1) - zero_point) * scale
 
 
 def rounding_penalty(alpha: Tensor, beta: float) -> Tensor:
     return (1 - (2 * stretched_sigmoid(alpha) - 1).abs().pow(beta)).sum()
+
+
+def golden() -> dict[str, Tensor]:
+    """Inputs, scales, zero points and codes of every estimator: what tests/data/quantizers.safetensors holds."""
+    generator = torch.Generator().manual_seed(2023)
+    x = torch.randn(8, 48, generator=generator) * torch.tensor([0.01, 0.05, 0.3, 1, 1, 4, 1, 1]).unsqueeze(1)
+    x[3], x[4], x[5] = x[3].abs() + 0.2, -x[4].abs(), x[5].pow(3)  # one-sided rows, a heavy tail
+    limits = torch.randn(400, generator=generator).abs()
+    record = {"x": x, "limits": limits}
+    for bits in (2, 4, 8):
+        signed, unsigned = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1), (0, 2**bits - 1)
+        choices = {
+            "minmax": (per_row(minmax_official, x, bits), unsigned),
+            "minmax_symmetric": (per_row(minmax_official, x, bits, symmetric=True), signed),
+            "mse": (per_row(mse_official, x, bits), unsigned),
+            "mse_symmetric": (per_row(mse_official, x, bits, symmetric=True), signed),
+            "ptq4dm": (per_row(ptq4dm, x, bits, 0, True), unsigned),
+            "ptq4dm_positive": (per_row(ptq4dm, x.abs(), bits, 1, True), unsigned),
+        }
+        for name, ((scale, zero_point), bounds) in choices.items():
+            values = x.abs() if name == "ptq4dm_positive" else x
+            record[f"{name}.{bits}.scale"], record[f"{name}.{bits}.zero_point"] = scale, zero_point
+            record[f"{name}.{bits}.codes"] = codes(values, scale, zero_point, *bounds).short()
+        zero_points = [ptq4dm_qparams(-limit, limit, bits, 0, True)[1] for limit in limits]
+        record[f"limits.{bits}.zero_point"] = torch.stack(zero_points).short()
+    return record
+
+
+if __name__ == "__main__":  # python tests/reference/quantizers.py: record again
+    from pathlib import Path
+
+    from safetensors.torch import save_file
+
+    save_file(golden(), Path(__file__).parents[1] / "data" / "quantizers.safetensors")

@@ -1,0 +1,94 @@
+"""Hydra's and OmegaConf's errors as one line: what is wrong; what is allowed."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+
+from hydra.errors import MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, ListConfig, Node, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
+from omegaconf.nodes import BooleanNode, FloatNode, IntegerNode, StringNode
+
+EXPECTED = {BooleanNode: "true or false", IntegerNode: "an integer", FloatNode: "a number", StringNode: "text"}
+NAMED = {"Integer": "integers", "Float": "numbers", "bool": "true or false"}  # in OmegaConf's messages about list items
+NOT_OFFERED = ("hydra", "table")
+
+
+def explain(error: BaseException, prefix: str = "") -> str:
+    """One line for an error of composing a config; `prefix` is where the node that failed hangs in it."""
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    if isinstance(error, MissingConfigException) and error.options is not None and error.missing_cfg_file:
+        return unknown_choice(error.missing_cfg_file, error.options)
+    if isinstance(error, OverrideParseException):
+        return f"{error.override!r} cannot be read; write key=value, quoting special characters as in key='\"a,b\"'"
+    if sweep := re.match(r"(?:Ambiguous value for argument|Sweep parameters) '(.*?)'", str(error)):
+        return f"{sweep[1]} names several values; add -m to run each, or write a list as key=[a,b]"
+    if isinstance(cause, ConfigAttributeError | ConfigKeyError) and isinstance(cause.parent_node, DictConfig):
+        return unknown_key(cause, prefix)
+    if isinstance(cause, ValidationError) and cause.full_key:
+        return wrong_type(cause, prefix, re.match(r"Error merging override (\S+?)=(.*)", str(error), re.DOTALL))
+    return first_part(cause)
+
+
+def unknown_choice(path: str, options: Sequence[str]) -> str:
+    """A group option that does not exist."""
+    group, _, name = path.partition("/") if not path.startswith("hydra/") else path.rpartition("/")
+    return f"{group}={name} is unknown; {suggestion(name, options)}allowed: {', '.join(options) or 'none exist yet'}"
+
+
+def unknown_key(error: OmegaConfBaseException, prefix: str = "") -> str:
+    """A misspelt key, with the keys beside it."""
+    full_key = joined(prefix, str(error.full_key))
+    parent, _, key = full_key.rpartition(".")
+    siblings = [str(name) for name in error.parent_node if name not in NOT_OFFERED]
+    if not siblings:
+        return f"{full_key}: {parent} is empty; add a key to it with +{full_key}=VALUE"
+    if (shared := node_text(error.parent_node)).startswith("${"):
+        return f"{full_key} cannot be set: {parent} follows {shared[2:-1]}; set {shared[2:-1]}.{key}"
+    return f"{full_key} is unknown; {suggestion(key, siblings)}allowed{' in ' + parent if parent else ''}: {', '.join(siblings)}"
+
+
+def wrong_type(error: OmegaConfBaseException, prefix: str, override: re.Match[str] | None) -> str:
+    """A value that is not of its key's type."""
+    key = joined(prefix, str(error.full_key))
+    item = re.search(r"converted to (\w+)|valid (bool)", str(error.msg))
+    name = next((part for part in item.groups() if part), "") if item else ""
+    value = f"={override[2]}" if override else f"={quoted[1]}" if (quoted := re.match(r"Value '(.*?)'", str(error.msg))) else ""
+    return f"{key}{value} has the wrong type; allowed: {expected(error, name)}"
+
+
+def expected(error: OmegaConfBaseException, name: str) -> str:
+    """The type a value should have, in words; `name` is what OmegaConf calls it, if it does."""
+    if isinstance(error.parent_node, ListConfig):
+        return f"a list of {NAMED.get(name, name or 'values')}"
+    if isinstance(error.child_node, ListConfig):
+        return "a list, as in [a,b]"
+    if isinstance(error.child_node, DictConfig):
+        return f"its keys one by one: {', '.join(map(str, error.child_node)) or '{key: value, ...}'}"
+    return EXPECTED.get(type(error.child_node)) or {"Integer": "an integer", "Float": "a number"}.get(name) or NAMED.get(name, "another type")
+
+
+def suggestion(name: str, options: Sequence[str]) -> str:
+    """'did you mean X? ' where one of the options is close."""
+    close = difflib.get_close_matches(name, options, n=1)
+    return f"did you mean {close[0]}? " if close else ""
+
+
+def joined(prefix: str, key: str) -> str:
+    """prefix.key"""
+    return f"{prefix}.{key}" if prefix else key
+
+
+def node_text(node: Node) -> str:
+    """A node's interpolation as written, else nothing."""
+    return str(node._value()) if OmegaConf.is_config(node) and node._is_interpolation() else ""
+
+
+def first_part(error: BaseException) -> str:
+    """The message up to OmegaConf's list of facts, on one line."""
+    text = re.split(r"\n\s*(?:full_key|See https?:|Config search path)", str(error))[0]
+    where = getattr(error, "full_key", None)
+    line = " ".join(text.split()) or type(error).__name__
+    return f"{where}: {line}" if where and where not in line else line

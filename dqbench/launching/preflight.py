@@ -1,0 +1,74 @@
+"""What can be known to fail before a network is loaded: device, checkpoint, scheduler."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from dqbench.config import Model, Sampler
+from dqbench.errors import UserError
+
+WEIGHTS = ("*.safetensors", "*.bin")
+
+
+def preflight(model: Model, sampler: Sampler, device: str) -> None:
+    """Raise UserError where the cell could not start. Reads headers only; fetches a hub checkpoint that is not here yet."""
+    from dqbench.models import snapshot
+
+    choose_device(device)
+    folder = Path(snapshot(model))
+    check_scheduler(folder, model, sampler)
+    check_weights(folder, model)
+
+
+def choose_device(wanted: str) -> str:
+    """The device that runtime.device asks for: `auto` is CUDA where there is one."""
+    import torch
+
+    count = torch.cuda.device_count()
+    if wanted == "auto":
+        return "cuda" if count else "cpu"
+    if not (match := re.fullmatch(r"cpu|cuda(?::(\d+))?", wanted)):
+        raise UserError(f"runtime.device={wanted} is unknown; allowed: auto, cpu, cuda, cuda:N")
+    if wanted != "cpu" and int(match[1] or 0) >= count:
+        there = ", ".join(["auto", "cpu", *(["cuda"] if count else []), *(f"cuda:{i}" for i in range(count))])
+        raise UserError(f"runtime.device={wanted}: torch {torch.__version__} sees {count or 'no'} CUDA devices; allowed: {there}")
+    return wanted
+
+
+def check_scheduler(folder: Path, model: Model, sampler: Sampler) -> None:
+    """Raise UserError where the sampler does not go with the checkpoint's noise schedule."""
+    from dqbench.schedulers import make_scheduler
+
+    components = read_json(folder / "model_index.json")
+    if "scheduler" not in components or model.denoiser not in components:
+        raise UserError(f"{folder / 'model_index.json'} names no scheduler or no {model.denoiser}; model.denoiser must name one")
+    make_scheduler(read_json(folder / "scheduler" / "scheduler_config.json"), sampler)
+
+
+def check_weights(folder: Path, model: Model) -> None:
+    """Raise UserError where weights are missing or a safetensors file is cut off or no such file."""
+    from safetensors import SafetensorError, safe_open
+
+    files = [file for pattern in WEIGHTS for file in (folder / model.denoiser).glob(pattern)]
+    if not files:
+        raise UserError(f"model.path={model.path}: {folder / model.denoiser} holds no weights; needed: a .safetensors file")
+    for file in folder.rglob("*.safetensors"):
+        try:
+            with safe_open(file, "numpy"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file} is damaged ({' '.join(str(error).split())}); fetch or convert it again") from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A checkpoint's JSON file; a UserError names it where it is missing or damaged."""
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read ({type(error).__name__}); needed: a diffusers pipeline folder") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file} holds no JSON object; needed: a diffusers pipeline folder")
+    return content

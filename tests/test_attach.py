@@ -1,0 +1,149 @@
+"""Layer types and state-dict keys survive; quantizers sit where the plan says; splits and units are found."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from dqbench.config import Bits
+from dqbench.quant.attach import (
+    calibrating,
+    find_units,
+    installed,
+    prepare,
+    quantize_attention,
+    quantize_inputs,
+    rounding,
+    skip_splits,
+)
+from dqbench.quant.plan import select, split
+from dqbench.quant.quantizers import ActRule, SplitQuantizer, WeightRule, act_quantizers, weight_grid
+from tests.tiny import calibration, pipeline
+
+BITS = Bits(4, 8, 8, 8)
+WEIGHT = WeightRule("per_channel", None, "minmax", False, False)
+ACT = ActRule("minmax", False, "all", 0.0, True, False)
+
+
+@pytest.fixture
+def student() -> nn.Module:
+    return pipeline().unet
+
+
+def levels(weight: torch.Tensor) -> int:
+    """The most distinct values that an output channel holds."""
+    return max(len(row.unique()) for row in weight.flatten(1))
+
+
+def test_prepare_bakes_plain_layers_on_the_grid(student):
+    types = {name: type(layer) for name, layer in student.named_modules()}
+    keys = list(student.state_dict())
+    layers = prepare(student, select(student, BITS, ["conv_in"], {"conv_out": {"weight": 8}}), WEIGHT, {})
+    assert list(student.state_dict()) == keys
+    assert {name: type(layer) for name, layer in student.named_modules()} == types
+    assert "conv_in" not in layers and levels(student.conv_in.weight) > 16
+    assert 16 < levels(student.conv_out.weight) <= 256
+    assert all(levels(item.layer.weight) <= 16 for name, item in layers.items() if name != "conv_out")
+
+
+def test_quantizers_add_keys_and_change_none(student):
+    keys, types = set(student.state_dict()), {name: type(layer) for name, layer in student.named_modules()}
+    layers = prepare(student, select(student, BITS, [], {}), WEIGHT, {})
+    quantize_inputs(layers, signed=False)
+    quantize_attention(student, BITS, signed=False, signed_softmax=False)
+    with calibrating(student, ACT):
+        student(**calibration().rows(range(8)))
+    added = set(student.state_dict()) - keys
+    assert keys <= set(student.state_dict())
+    assert all("act_quantizer." in key or ".processor.quantizers." in key for key in added)
+    assert all(type(student.get_submodule(name)) is kind for name, kind in types.items())
+    assert len(act_quantizers(student)) == len(layers) + 4 * 3  # three attention modules
+    assert all(quantizer.observer is None for quantizer in act_quantizers(student))
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(student)))
+    batch = calibration().rows(range(4))
+    assert torch.equal(twin(**batch).sample, student(**batch).sample)
+
+
+def test_activations_are_on_their_grid(student):
+    layers = prepare(student, select(student, Bits(32, 4, 32, 32), [], {}), WEIGHT, {})
+    quantize_inputs(layers, signed=False)
+    seen = {}
+    with calibrating(student, ACT):
+        student(**calibration().rows(range(8)))
+    for name, item in layers.items():
+        item.layer.register_forward_pre_hook(lambda layer, args, name=name: seen.update({name: args[0]}))
+    student(**calibration(seed=1).rows(range(8)))
+    assert seen and all(len(x.unique()) <= 16 for x in seen.values())
+
+
+def test_softmax_keeps_zero_and_attention_off_leaves_the_processor(student):
+    default = type(student.mid_block.attentions[0].processor)
+    quantize_attention(student, Bits(4, 8, 32, 32), signed=False, signed_softmax=False)
+    assert type(student.mid_block.attentions[0].processor) is default
+    assert installed(student, BITS)[1] == Bits(4, 8, 32, 32)
+    quantize_attention(student, BITS, signed=False, signed_softmax=False)
+    with calibrating(student, ACT):
+        student(**calibration().rows(range(8)))
+    parts = student.mid_block.attentions[0].processor.quantizers
+    assert parts["softmax"].zero_point == 0 and 0 < parts["softmax"].scale <= 1 / 255 + 1e-7
+    assert installed(student, BITS)[1] == BITS
+
+
+def test_quantized_attention_at_high_precision_equals_diffusers(student):
+    teacher = copy.deepcopy(student)
+    batch = calibration().rows(range(8))
+    quantize_attention(student, BITS, signed=False, signed_softmax=False)
+    for quantizer in act_quantizers(student):
+        quantizer.qmin, quantizer.qmax = -(2**22), 2**22
+        quantizer.scale.fill_(2.0**-20)
+    torch.testing.assert_close(student(**batch).sample, teacher(**batch).sample, rtol=1e-4, atol=1e-5)
+
+
+def test_splits_are_the_first_operand_of_the_concatenation(student):
+    splits = skip_splits(student, calibration().rows([0]), ["up_blocks.*.conv_shortcut"])
+    assert splits == {
+        "up_blocks.0.resnets.0.conv_shortcut": 32,
+        "up_blocks.0.resnets.1.conv_shortcut": 32,
+        "up_blocks.1.resnets.0.conv_shortcut": 32,
+        "up_blocks.1.resnets.1.conv_shortcut": 16,
+    }
+    layers = prepare(student, split(select(student, BITS, [], {}), list(splits)), WEIGHT, splits)
+    quantize_inputs(layers, signed=False)
+    item = layers["up_blocks.1.resnets.1.conv_shortcut"]
+    assert isinstance(item.layer.act_quantizer, SplitQuantizer)
+    first = weight_grid(item.weight[:, :16], 4, WEIGHT)
+    assert torch.equal(item.grid.scale[:, :1], first.scale) and item.grid.groups == 2 * first.groups
+
+
+def test_per_group_scales_are_per_group():
+    weight = torch.randn(4, 6, 1, 1) * torch.tensor([1.0, 1, 10, 10, 100, 100]).reshape(1, 6, 1, 1)
+    grid = weight_grid(weight, 4, WeightRule("per_group", 2, "minmax", False, False))
+    assert grid.groups == 12 and grid.scale.shape == weight.shape
+    assert torch.equal(grid.scale[:, 0], grid.scale[:, 1]) and (grid.scale[:, 4] > 3 * grid.scale[:, 2]).all()
+    assert weight_grid(weight, 4, WeightRule("per_tensor", None, "minmax", False, False)).groups == 1
+
+
+def test_units_are_outermost_matches_and_lone_layers(student):
+    layers = prepare(student, select(student, BITS, ["conv_in"], {}), WEIGHT, {})
+    units = find_units(student, ["*.resnets.?", "*.attentions.?"], layers)
+    assert "conv_in" not in units
+    assert units["conv_out"] == ["conv_out"] and units["time_embedding.linear_1"] == ["time_embedding.linear_1"]
+    assert units["mid_block.attentions.0"] == [f"mid_block.attentions.0.{part}" for part in ("to_q", "to_k", "to_v", "to_out.0")]
+    assert sorted(name for members in units.values() for name in members) == sorted(layers)
+
+
+def test_rounding_ends_hard_on_the_grid_even_after_an_error(student):
+    layers = prepare(student, select(student, BITS, [], {}), WEIGHT, {})
+    item = layers["conv_out"]
+    keys = list(student.state_dict())
+    with pytest.raises(RuntimeError), rounding([item], False) as (rounder,):
+        soft = item.layer.weight
+        assert (soft - item.weight).abs().median() < 1e-6  # soft rounding starts at the weight itself
+        raise RuntimeError
+    assert list(student.state_dict()) == keys and type(item.layer) is nn.Conv2d
+    codes = item.layer.weight / item.grid.scale + item.grid.zero_point
+    assert torch.allclose(codes, codes.round(), atol=1e-4) and codes.min() >= -1e-4 and codes.max() <= 15 + 1e-4

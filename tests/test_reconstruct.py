@@ -1,0 +1,170 @@
+"""Reconstruction lowers the error, replay changes nothing, orders and phases are what they say."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dqbench.config import Bits
+from dqbench.quant.attach import calibrating, find_units, prepare, quantize_attention, quantize_inputs
+from dqbench.quant.capture import Recorder, trace_units
+from dqbench.quant.plan import select
+from dqbench.quant.quantizers import ActRule, WeightRule, act_quantizers
+from dqbench.quant.reconstruct import Job, reconstruct_activations, reconstruct_weights, set_beta, steps_of
+from dqbench.stages import resuming
+from tests.tiny import calibration, pipeline, recon
+
+UNITS = ["*.resnets.?", "*.attentions.?"]
+WEIGHT = WeightRule("per_channel", None, "mse", False, False)
+ACT = ActRule("mse", False, "first", 0.0, False, False)
+
+
+def make_job(official_order=(), **changes) -> Job:
+    """A prepared w3a4 job on the tiny pipeline."""
+    teacher = pipeline().unet
+    student = copy.deepcopy(teacher)
+    layers = prepare(student, select(student, Bits(3, 4, 4, 8), [], {}), WEIGHT, {})
+    return Job(student, teacher, find_units(student, UNITS, layers), layers, calibration(), recon(**changes), official_order)
+
+
+def output_error(job: Job) -> float:
+    """Mean squared distance to the teacher on inputs that were not calibrated with."""
+    batch = calibration(64, seed=1).rows(range(64))
+    with torch.no_grad():
+        return (job.student(**batch).sample - job.teacher(**batch).sample).square().mean().item()
+
+
+def weights(job: Job) -> dict[str, torch.Tensor]:
+    return {name: item.layer.weight.clone() for name, item in job.layers.items()}
+
+
+def test_learned_rounding_beats_nearest():
+    job = make_job(iters=60)
+    nearest = output_error(job)
+    reconstruct_weights(job)
+    assert output_error(job) < 0.7 * nearest
+    for item in job.layers.values():
+        codes = (item.layer.weight / item.grid.scale).round()
+        down = torch.floor(item.weight / item.grid.scale)
+        low, high = item.grid.qmin - item.grid.zero_point, item.grid.qmax - item.grid.zero_point
+        inside = (down >= low) & (down + 1 <= high)
+        assert ((codes == down) | (codes == down + 1))[inside].all()  # up or down, nothing else
+
+
+def test_replayed_prefix_equals_running_it(monkeypatch):
+    replayed, plain = make_job(), make_job()
+    reconstruct_weights(replayed)
+    monkeypatch.setattr("dqbench.quant.reconstruct.disk_allows", lambda folder, size: False)
+    reconstruct_weights(plain)
+    for name, weight in weights(replayed).items():
+        torch.testing.assert_close(weight, plain.layers[name].layer.weight, msg=name)
+
+
+def test_replay_runs_each_unit_once_per_row(tmp_path):
+    job = make_job()
+    order = job.order()
+    calls = dict.fromkeys(order, 0)
+    for name in order:
+        forward = job.teacher.get_submodule(name).forward
+        monkey = lambda *a, name=name, forward=forward, **k: (calls.__setitem__(name, calls[name] + 1), forward(*a, **k))[1]  # noqa: E731
+        job.teacher.get_submodule(name).register_forward_hook(lambda *a, name=name: calls.__setitem__(name, calls[name] + 1))
+        del monkey
+    recorder = Recorder(job.teacher, job.calib, tmp_path / "outputs", replay=True)
+    for name in order:
+        recorder.remember(name, recorder.inputs(name, tmp_path / name, with_output=True))
+    with torch.no_grad():
+        whole = job.teacher(**job.calib.rows(np.arange(24))).sample
+    stored = recorder.outputs.arrays["conv_out"]
+    torch.testing.assert_close(torch.from_numpy(np.array(stored)), whole)
+
+
+def test_resume_after_each_unit_gives_the_same_weights(tmp_path):
+    whole = make_job()
+    reconstruct_weights(whole)
+    stopped = make_job()
+    part = tmp_path / "part"
+    part.mkdir()
+    with resuming(part):
+        reconstruct_weights(stopped)
+        finished = sorted((part / "scratch" / "weights").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+        for path in finished[len(finished) // 2 :]:
+            path.unlink()
+        times = {path: path.stat().st_mtime_ns for path in finished[: len(finished) // 2]}
+        resumed = make_job()
+        reconstruct_weights(resumed)
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+    for name, weight in weights(whole).items():
+        torch.testing.assert_close(weight, resumed.layers[name].layer.weight, rtol=0, atol=0, msg=name)
+
+
+def test_official_order_is_the_given_one_and_execution_order_is_measured():
+    patterns = ["time_embedding.*", "conv_in", "down_blocks.*", "mid_block.*", "up_blocks.1.*", "up_blocks.0.*", "conv_out"]
+    official, execution = make_job(patterns, order="official").order(), make_job().order()
+    assert sorted(official) == sorted(execution)
+    first_up = [next(name for name in order if name.startswith("up_blocks")) for order in (official, execution)]
+    assert first_up == ["up_blocks.1.resnets.0", "up_blocks.0.resnets.0"]
+    assert execution[:3] == ["time_embedding.linear_1", "time_embedding.linear_2", "conv_in"]
+    assert execution[-1] == "conv_out"
+
+
+def test_activation_phase_learns_steps_and_nothing_else():
+    job = make_job(iters_act=40)
+    quantize_inputs(job.layers, signed=False)
+    quantize_attention(job.student, Bits(3, 4, 4, 8), signed=False, signed_softmax=False)
+    with calibrating(job.student, ACT):
+        job.student(**job.calib.rows(range(16)))
+    before, error = steps_of(job.student), output_error(job)
+    before = {name: scale.clone() for name, scale in before.items()}
+    baked = weights(job)
+    reconstruct_activations(job)
+    after = steps_of(job.student)
+    assert before.keys() == after.keys() and len(after) == len(act_quantizers(job.student))
+    assert all((after[name] != before[name]).all() and after[name] > 0 for name in after)
+    assert output_error(job) < error
+    assert all(torch.equal(weight, job.layers[name].layer.weight) for name, weight in baked.items())
+    assert not any(parameter.requires_grad for parameter in job.student.parameters())
+
+
+def test_dropout_is_active_only_when_asked_for():
+    results = {}
+    for dropout in (False, True):
+        teacher = pipeline(dropout=0.5).unet
+        student = copy.deepcopy(teacher)
+        layers = prepare(student, select(student, Bits(3, 32, 32, 32), [], {}), WEIGHT, {})
+        settings = recon(dropout=dropout, iters=10)
+        job = Job(student, teacher, find_units(student, UNITS, layers), layers, calibration(), settings, ())
+        state = torch.get_rng_state()
+        reconstruct_weights(job)
+        assert torch.equal(torch.get_rng_state(), state) and not student.training
+        results[dropout] = weights(job)
+    assert any(not torch.equal(results[False][name], results[True][name]) for name in results[True])
+    assert torch.equal(results[False]["conv_out"], results[False]["conv_out"])
+
+
+@pytest.mark.parametrize("count, beta", [(3, None), (4, 20.0), (12, 11.0), (20, 2.0)])
+def test_beta_falls_linearly_after_the_warm_up(count, beta):
+    class Rounder:
+        beta = 0.0
+
+    rounder = Rounder()
+    set_beta([rounder], recon(iters=20), count)
+    assert rounder.beta == (None if beta is None else pytest.approx(beta))
+
+
+def test_trace_leaves_out_what_never_runs():
+    unet = pipeline().unet
+    unet.unused = torch.nn.Linear(2, 2)
+    sizes = trace_units(unet, ["conv_out", "unused", "conv_in"], calibration())
+    assert list(sizes.items()) == [("conv_in", 16 * 64 * 4), ("conv_out", 64 * 4)]
+
+
+def test_nothing_is_left_on_disk(tmp_path):
+    part = Path(tmp_path, "part")
+    part.mkdir()
+    with resuming(part):
+        reconstruct_weights(make_job(iters=1))
+    assert not list(part.rglob("*.npy"))

@@ -5,12 +5,14 @@ Exit status: 0 done, 1 a cell failed, 2 bad input, 130 interrupted.
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import sys
 from pathlib import Path
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
@@ -104,10 +106,25 @@ def main() -> None:
         sys.exit(2 if len(cells) == 1 and isinstance(failures[-1], UserError) else 1)
 
 
+def read_flags(argv: list[str]) -> None:
+    """Raise UserError for a flag that does not exist; move -m to the front, since Hydra's parser wants it there."""
+    multirun = [argument for argument in argv[1:] if argument in ("-m", "--multirun")]
+    argv[1:] = multirun + [argument for argument in argv[1:] if argument not in multirun]
+    parser = get_args_parser()
+    parser.exit_on_error = False
+    try:
+        _, unknown = parser.parse_known_args(argv[1:])
+    except argparse.ArgumentError as error:
+        raise UserError(f"{one_line(error)}; see --help") from error
+    if unknown:
+        raise UserError(f"{unknown[0]} is no flag; write overrides as key=value, after the flags; see --help")
+
+
 def _launch() -> None:
     """Let Hydra run the cells. Returns when all that could run have run; ends the program where none may."""
     try:
         with exit_status():
+            read_flags(sys.argv)
             hydra_main()
     except SystemExit as end:
         if end.code or not cells:  # not 0, or --help and the like; else all cells were finished before

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import os
+import pkgutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -183,13 +184,11 @@ def run_id(cfg: DictConfig) -> str:
 
 def build(node: DictConfig) -> Any:
     """Validate `node` against its `_target_` dataclass (keys, types, nothing missing), then construct it."""
-    import hydra
-
     from dqbench.launching.explain import explain
 
     where = str(node._key() or "")
     try:
-        cls = hydra.utils.get_class(node._target_)
+        cls = pkgutil.resolve_name(node._target_)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"{where}._target_={node._target_} is no class ({one_line(error)}); allowed: a dotted name") from error
     values = {key: value for key, value in node.items() if not key.startswith("_")}

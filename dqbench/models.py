@@ -82,7 +82,7 @@ def resolve(model: Model) -> str:
     looks_local = model.path.startswith((".", "/", "~")) or os.sep != "/" and os.sep in model.path
     folder = Path(model.path).expanduser()
     if folder.is_dir() and not (folder / "model_index.json").exists():
-        raise UserError(f"model.path={model.path} is no diffusers pipeline: {folder / 'model_index.json'} is missing")
+        raise UserError(f"model.path={model.path} is no diffusers pipeline; {folder / 'model_index.json'} is missing")
     if looks_local and not folder.is_dir():
         raise UserError(f"model.path={model.path}: no such folder; give a diffusers folder or a hub id")
     return str(folder) if folder.is_dir() else model.path

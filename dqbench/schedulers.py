@@ -21,8 +21,8 @@ from dqbench.quant.functional import fake_quantize, qrange
 class QuadDDIMScheduler(DDIMScheduler):
     """DDIM with quadratic spacing: t_i = int(linspace(0, sqrt(0.8 T), S)[i]^2), the CIFAR-10 setting of DDIM's release.
 
-    A trajectory over chosen time steps is DDIM on the chain respaced to them: alphas_cumprod is replaced by its
-    values at t_i, and the base class steps through positions with stride 1. Small t_i repeat; a step from t to the
+    A trajectory over chosen time steps is DDIM on the chain respaced to them: within a step, alphas_cumprod is replaced by
+    its values at t_i, and the base class steps through positions with stride 1. Small t_i repeat; a step from t to the
     same t leaves the sample as it is.
     """
 
@@ -30,16 +30,19 @@ class QuadDDIMScheduler(DDIMScheduler):
         """Set the descending t_i and restart the position."""
         train_steps = self.config.num_train_timesteps
         ascending = (np.linspace(0, np.sqrt(0.8 * train_steps), num_inference_steps) ** 2).astype(np.int64)
-        self.alphas_cumprod = torch.cumprod(1.0 - self.betas, dim=0)[torch.from_numpy(ascending)]
+        self._respaced = self.alphas_cumprod[torch.from_numpy(ascending).to(self.alphas_cumprod.device)]
         self.num_inference_steps = train_steps  # makes the base class's stride 1
         self.timesteps = torch.from_numpy(ascending[::-1].copy()).to(device)
         self._position = num_inference_steps - 1
 
     def step(self, model_output: Tensor, timestep: int, sample: Tensor, **kwargs: Any) -> Any:
         """The base class's step from the current position to the one before it."""
-        result = super().step(model_output, self._position, sample, **kwargs)
-        self._position -= 1
-        return result
+        full, self.alphas_cumprod = self.alphas_cumprod, self._respaced
+        try:
+            return super().step(model_output, self._position, sample, **kwargs)
+        finally:
+            self.alphas_cumprod = full
+            self._position -= 1
 
 
 def make_scheduler(config: dict[str, Any], sampler: Sampler) -> Any:

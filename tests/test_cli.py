@@ -105,6 +105,8 @@ BAD = {
     "model.path=zoo:typo": "model.path=zoo:typo: no such miniature; shipped: digits_ddpm",
     "model.denoiser=transformer": "names no scheduler or no transformer",
     "bits.weight=[": "'bits.weight=[' cannot be read; write key=value, quoting special characters",
+    "--fast": "--fast is no flag; write overrides as key=value, after the flags; see --help",
+    "--cfg": "argument --cfg/-c: expected one argument; see --help",
     "foo": "'foo' cannot be read; write key=value",
     "a=b=c": "'a=b=c' cannot be read; write key=value",
     "method=fp32,rtn": "method=fp32,rtn names several values; add -m to run each, or write a list as key=[a,b]",
@@ -126,3 +128,141 @@ def test_eta_needs_a_scheduler_that_has_it(run: Run, results: Path) -> None:
     assert err == [
         "dqbench: sampler.eta=0.5 has no meaning for DPMSolverMultistepScheduler; allowed: 0 (eta is DDIM's)"
     ]
+
+
+def damaged(tmp_path: Path, damage: Callable[[Path], None]) -> str:
+    """model.path=COPY of the shipped digits pipeline, damaged."""
+    folder = tmp_path / "pipeline"
+    shutil.copytree(ZOO / "digits_ddpm", folder)
+    damage(folder)
+    return f"model.path={folder}"
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+DAMAGE: dict[str, Callable[[Path], None]] = {
+    "model_index.json is missing": lambda folder: (folder / "model_index.json").unlink(),
+    "model_index.json cannot be read": lambda folder: truncate(folder / "model_index.json"),
+    f"{WEIGHTS} is damaged": lambda folder: truncate(folder / WEIGHTS),
+    "unet holds no weights; needed: a .safetensors file": lambda folder: (folder / WEIGHTS).unlink(),
+    "scheduler_config.json cannot be read": lambda folder: shutil.rmtree(folder / "scheduler"),
+}
+
+
+@pytest.mark.parametrize("complaint", DAMAGE)
+def test_damaged_checkpoint_is_named_before_anything_runs(complaint: str, run: Run, results: Path, tmp_path: Path) -> None:
+    status, _, err = run(damaged(tmp_path, DAMAGE[complaint]))
+    assert status == 2 and not results.exists()
+    (line,) = err
+    assert complaint in line and "; " in line
+
+
+def test_bad_cell_of_a_sweep_stops_it_before_any_cell_runs(run: Run, results: Path) -> None:
+    for bad, complaint in {"method=fp32,foo": "method=foo is unknown", "bits.weight=8,9": "bits.weight=9 is"}.items():
+        status, _, err = run("-m", bad)
+        assert status == 2 and not results.exists()
+        assert len(err) == 1 and complaint in err[0]
+
+
+def test_failed_cell_is_told_at_once_and_the_sweep_goes_on(
+    run: Run, results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dqbench.methods.rtn import RTN
+
+    def fail(*args: object) -> None:
+        raise RuntimeError("the\nreason")
+
+    monkeypatch.setattr(RTN, "__call__", fail)
+    status, out, err = run("-m", "method=rtn,fp32,ptq4dm")
+    assert status == 1
+    told = [index for index, line in enumerate(err) if "failed: RuntimeError: the reason (method=rtn " in line]
+    later = [index for index, line in enumerate(err) if " starts: method=fp32 " in line]
+    assert len(told) == 1 and told < later and not any("Traceback" in line for line in err)
+    assert "2 of 3 rows" in out and "ptq4dm" in out and "rtn" not in out
+    logs = [file.read_text() for file in results.glob("runs/*/dqbench.log")]
+    assert sum("Traceback" in text for text in logs) == 1, "the run's own log has the traceback"
+
+
+def test_second_invocation_runs_nothing_and_prints_the_same_table(run: Run, results: Path) -> None:
+    arguments = ("-m", "method=fp32,rtn")
+    status, table, _ = run(*arguments)
+    before = {file: file.stat().st_mtime_ns for file in results.rglob("*") if file.is_file()}
+    assert status == 0 and "rtn" in table and {entry.name for entry in results.iterdir()} == {"runs", "cache", ".sweep"}
+    code = "import sys, dqbench.__main__ as m; m.main(); assert 'torch' not in sys.modules, 'torch was imported'"
+    command = [sys.executable, "-c", code, *TINY, f"paths.results={results}", *arguments]
+    again = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(cli.__file__).parents[1])
+    assert (again.stdout, again.stderr) == (table, "")
+    assert {file: file.stat().st_mtime_ns for file in results.rglob("*") if file.is_file()} == before
+
+
+def test_results_hold_what_they_should_and_nothing_else(run: Run, results: Path) -> None:
+    status, out, _ = run("method=rtn")
+    assert status == 0
+    (folder,) = results.glob("runs/*")
+    assert {file.name for file in folder.iterdir()} == {".hydra", "dqbench.log", "row.json", "samples.png"}
+    assert str(folder / "row.json") in out and str(folder / "samples.png") in out
+    stages = {"trajectory", "calibration", "quantized", "samples", "scores", "noise_error", ".locks"}
+    assert {entry.name for entry in (results / "cache").iterdir()} == stages
+    assert not [file for file in results.rglob("*") if file.suffix in {".lock", ".tmp", ".part"} or file.name == "scratch"]
+
+
+def test_damaged_artifact_is_rebuilt_with_a_warning_into_the_same_row(run: Run, results: Path) -> None:
+    run("method=rtn")
+    first = row(results)
+    for file in (*results.glob("cache/quantized/*/denoiser.safetensors"), *results.glob("cache/samples/*/sample.*.npy")):
+        truncate(file)
+    status, _, err = run("method=rtn", "runtime.force=true")
+    assert status == 0
+    assert sum("is damaged" in line and "building it again" in line for line in err) >= 2
+    assert numbers(row(results)) == numbers(first)
+
+
+def numbers(content: dict) -> dict:
+    """A row without what may differ between two runs of the same cell."""
+    kept = {key: value for key, value in content.items() if key != "timing"}
+    return {**kept, "provenance": {**content["provenance"], "time": ""}}
+
+
+def test_nan_samples_fail_loudly_without_a_row(run: Run, results: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    def poison(folder: Path) -> None:
+        tensors = load_file(folder / WEIGHTS)
+        tensors["conv_out.bias"] += float("nan")
+        save_file(tensors, folder / WEIGHTS)
+
+    status, out, err = run("method=fp32", damaged(tmp_path, poison))
+    assert status == 1 and out == ""
+    assert "failed: DegenerateSamples: sample 0 holds NaN or infinity" in err[-1]
+    assert not list(results.rglob("row.json")) and not list(results.rglob("samples.png"))
+
+
+@pytest.mark.parametrize("victim", ["row.json", "manifest.json", "sample.0000000-0000008.npy"])
+def test_full_disk_is_one_line_and_the_next_run_goes_on(
+    victim: str, run: Run, results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.replace
+
+    def full(source: str | os.PathLike[str], target: str | os.PathLike[str], **kwargs: object) -> None:
+        if Path(target).name == victim:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+        real(source, target, **kwargs)
+
+    monkeypatch.setattr(os, "replace", full)
+    status, out, err = run("method=rtn")
+    assert status == 1 and out == ""
+    assert "No space left on device" in err[-1] and sum("No space" in line for line in err) == 1
+    assert not list(results.rglob("row.json")) and not list(results.rglob("*.tmp"))
+    monkeypatch.setattr(os, "replace", real)
+    status, *_ = run("method=rtn")
+    assert status == 0 and row(results)["status"] == "done"
+
+
+def test_help_tells_what_can_be_chosen(run: Run) -> None:
+    status, out, err = run("--help")
+    assert (status, err) == (0, [])
+    assert "qdiffusion*" in out and "w4a8*" in out and "130 interrupted" in out and "Powered by Hydra" not in out
+    assert max(map(len, out.splitlines())) <= 132 and "${" not in out

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,5 +68,7 @@ def ending() -> Iterator[None]:
         with exit_status():
             yield
     except Exception as error:
+        if os.environ.get("DQBENCH_DEBUG"):
+            traceback.print_exc()
         print(f"dqbench: {type(error).__name__}: {one_line(error)}", file=sys.stderr)
         raise SystemExit(1) from error

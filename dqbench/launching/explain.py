@@ -7,17 +7,22 @@ import re
 from collections.abc import Sequence
 
 from hydra.errors import MissingConfigException, OverrideParseException
-from omegaconf import DictConfig, ListConfig, Node, OmegaConf
+from omegaconf import DictConfig, ListConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 from omegaconf.nodes import BooleanNode, FloatNode, IntegerNode, StringNode
 
+from dqbench.config import Config
+from dqbench.errors import UserError
+
 EXPECTED = {BooleanNode: "true or false", IntegerNode: "an integer", FloatNode: "a number", StringNode: "text"}
-NAMED = {"Integer": "integers", "Float": "numbers", "bool": "true or false"}  # in OmegaConf's messages about list items
+ITEMS = {"Integer": "integers", "Float": "numbers", "bool": "true or false"}  # OmegaConf's names for what a list holds
 NOT_OFFERED = ("hydra", "table")
 
 
 def explain(error: BaseException, prefix: str = "") -> str:
     """One line for an error of composing a config; `prefix` is where the node that failed hangs in it."""
+    if isinstance(error, UserError):
+        return first_part(error)
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     if isinstance(error, MissingConfigException) and error.options is not None and error.missing_cfg_file:
         return unknown_choice(error.missing_cfg_file, error.options)
@@ -43,31 +48,32 @@ def unknown_key(error: OmegaConfBaseException, prefix: str = "") -> str:
     full_key = joined(prefix, str(error.full_key))
     parent, _, key = full_key.rpartition(".")
     siblings = [str(name) for name in error.parent_node if name not in NOT_OFFERED]
+    if not siblings and (group := parent.rpartition(".")[2]) != parent and group in Config.__annotations__:
+        return f"{full_key} cannot be set: {parent} follows {group}; set {group}.{key}"
     if not siblings:
         return f"{full_key}: {parent} is empty; add a key to it with +{full_key}=VALUE"
-    if (shared := node_text(error.parent_node)).startswith("${"):
-        return f"{full_key} cannot be set: {parent} follows {shared[2:-1]}; set {shared[2:-1]}.{key}"
-    return f"{full_key} is unknown; {suggestion(key, siblings)}allowed{' in ' + parent if parent else ''}: {', '.join(siblings)}"
+    where = f" in {parent}" if parent else ""
+    return f"{full_key} is unknown; {suggestion(key, siblings)}allowed{where}: {', '.join(siblings)}"
 
 
 def wrong_type(error: OmegaConfBaseException, prefix: str, override: re.Match[str] | None) -> str:
     """A value that is not of its key's type."""
     key = joined(prefix, str(error.full_key))
-    item = re.search(r"converted to (\w+)|valid (bool)", str(error.msg))
-    name = next((part for part in item.groups() if part), "") if item else ""
-    value = f"={override[2]}" if override else f"={quoted[1]}" if (quoted := re.match(r"Value '(.*?)'", str(error.msg))) else ""
-    return f"{key}{value} has the wrong type; allowed: {expected(error, name)}"
+    quoted = re.match(r"Value '(.*?)'", str(error.msg))
+    value = f"={override[2]}" if override else f"={quoted[1]}" if quoted else ""
+    return f"{key}{value} has the wrong type; allowed: {expected(error)}"
 
 
-def expected(error: OmegaConfBaseException, name: str) -> str:
-    """The type a value should have, in words; `name` is what OmegaConf calls it, if it does."""
+def expected(error: OmegaConfBaseException) -> str:
+    """The type a value should have, in words."""
     if isinstance(error.parent_node, ListConfig):
-        return f"a list of {NAMED.get(name, name or 'values')}"
+        found = re.search(r"converted to (\w+)|valid (bool)", str(error.msg))
+        return f"a list of {ITEMS[found[1] or found[2]] if found else 'values'}"
     if isinstance(error.child_node, ListConfig):
         return "a list, as in [a,b]"
     if isinstance(error.child_node, DictConfig):
         return f"its keys one by one: {', '.join(map(str, error.child_node)) or '{key: value, ...}'}"
-    return EXPECTED.get(type(error.child_node)) or {"Integer": "an integer", "Float": "a number"}.get(name) or NAMED.get(name, "another type")
+    return EXPECTED.get(type(error.child_node), "what conf/ shows for it")
 
 
 def suggestion(name: str, options: Sequence[str]) -> str:
@@ -79,11 +85,6 @@ def suggestion(name: str, options: Sequence[str]) -> str:
 def joined(prefix: str, key: str) -> str:
     """prefix.key"""
     return f"{prefix}.{key}" if prefix else key
-
-
-def node_text(node: Node) -> str:
-    """A node's interpolation as written, else nothing."""
-    return str(node._value()) if OmegaConf.is_config(node) and node._is_interpolation() else ""
 
 
 def first_part(error: BaseException) -> str:

@@ -196,62 +196,55 @@ class AdaRound(nn.Module):
 
     def __init__(self, weight: Tensor, grid: Grid, regularised: int | None = None) -> None:
         super().__init__()
-        floor, alpha = adaround_init(weight, grid.scale)
-        base, step = adaround_grid(floor, grid.scale, grid.zero_point, grid.qmin, grid.qmax)
-        self.register_buffer("base", base.contiguous(), persistent=False)
-        self.register_buffer("step", step.contiguous(), persistent=False)
-        self.register_buffer("slope", torch.empty_like(self.base), persistent=False)  # d weight / d alpha
-        self.register_buffer("pull", torch.empty_like(self.base), persistent=False)  # d regulariser / d alpha
-        self.alpha = nn.Parameter(alpha.contiguous())
-        self.regularised = regularised
+        floor, alpha = adaround_init(weight.contiguous(), grid.scale)
+        self.base, self.step = adaround_grid(floor, grid.scale, grid.zero_point, grid.qmin, grid.qmax)
+        self.alpha = nn.Parameter(alpha)
+        self.scale, self.regularised = grid.scale, regularised
         self.beta: float | None = None
         self.strength = 0.0
+        # Written anew by each forward, allocated once: fresh memory would cost more than the arithmetic.
+        self.weight, self.slope, self.pull = (torch.empty_like(alpha) for _ in range(3))  # slope: dweight / dalpha
+        size = 2**16 if alpha.device.type == "cpu" else alpha.numel()  # what stays in a core's cache
+        tensors = (alpha, self.base, self.step, self.weight, self.slope, self.pull)
+        self.pieces = list(zip(*(tensor.view(-1).split(size) for tensor in tensors), strict=True))
+        self.scratch = alpha.new_empty(2, min(size, alpha.numel()))
 
     def forward(self, weight: Tensor) -> Tensor:
         """Soft weights; the original weight only gave the shape."""
         return _SoftRounding.apply(self.alpha, self)
 
     def soft(self) -> Tensor:
-        """base + step * h(alpha), one pass over pieces that stay in cache; leaves slope and pull for the gradient."""
-        weight = torch.empty_like(self.base)
-        tensors = (self.alpha.detach(), self.base, self.step, weight, self.slope, self.pull)
-        size = 2**16 if weight.device.type == "cpu" else weight.numel()
-        scratch = weight.new_empty(2, min(size, weight.numel()))
-        for alpha, base, step, *results in zip(*(x.view(-1).split(size) for x in tensors), strict=True):
-            sigmoid, live = scratch[:, : len(alpha)]
-            _soften(alpha, base, step, sigmoid, live, results)
+        """base + step * h(alpha); leaves in slope and pull what the gradient needs."""
+        for alpha, base, step, weight, slope, pull in self.pieces:
+            sigmoid, live = self.scratch[:, : len(alpha)]
+            torch.sigmoid(alpha, out=sigmoid)
+            torch.mul(sigmoid, ZETA - GAMMA, out=live).add_(GAMMA)
+            h = torch.clamp(live, 0, 1, out=pull)
+            live.eq_(h)
+            torch.addcmul(base, h, step, out=weight)
+            sigmoid.addcmul_(sigmoid, sigmoid, value=-1).mul_(live)  # dh / dalpha / (zeta - gamma)
+            torch.mul(sigmoid, step, out=slope).mul_(ZETA - GAMMA)
             if self.beta is not None:
-                _regularise(sigmoid, live, results[2], self.beta, self.strength)
+                regularise(h, sigmoid, live, self.beta, self.strength)
         if self.beta is not None and self.regularised is not None:
             self.pull[:, self.regularised :] = 0
-        return weight
+        return self.weight.data
 
     def hard(self) -> Tensor:
-        """Rounded weights: up where alpha >= 0."""
-        return torch.where(self.alpha.detach() >= 0, self.base + self.step, self.base)
+        """Rounded weights, exactly scale x whole numbers: up where alpha >= 0."""
+        rounded = torch.where(self.alpha.detach() >= 0, self.base + self.step, self.base)
+        return (rounded / self.scale).round_().mul_(self.scale)
 
 
-def _soften(alpha: Tensor, base: Tensor, step: Tensor, sigmoid: Tensor, live: Tensor, results: list[Tensor]) -> None:
-    """Fill results = [base + step * h, its derivative, h]; `sigmoid` is left as dh/dalpha / (zeta - gamma)."""
-    weight, slope, h = results
-    torch.sigmoid(alpha, out=sigmoid)
-    torch.mul(sigmoid, ZETA - GAMMA, out=live).add_(GAMMA)
-    torch.clamp(live, 0, 1, out=h)
-    live.eq_(h)
-    torch.addcmul(base, h, step, out=weight)
-    sigmoid.addcmul_(sigmoid, sigmoid, value=-1).mul_(live)
-    torch.mul(sigmoid, step, out=slope).mul_(ZETA - GAMMA)
-
-
-def _regularise(sigmoid: Tensor, power: Tensor, h: Tensor, beta: float, strength: float) -> None:
-    """Replace h by the gradient of strength x (1 - |2h - 1|^beta); beta > 1. `power` is scratch."""
+def regularise(h: Tensor, sigmoid: Tensor, power: Tensor, beta: float, strength: float) -> None:
+    """Replace h by d/dalpha of strength x (1 - |2h - 1|^beta), beta > 1; sigmoid: as `soft` leaves it, power: scratch."""
     h.mul_(2).sub_(1)
     torch.abs(h, out=power).log_().mul_(beta - 1).exp_().copysign_(h)  # exp(b log) takes a fifth of pow's time
     torch.mul(power, sigmoid, out=h).mul_(-2 * beta * strength * (ZETA - GAMMA))
 
 
 class _SoftRounding(Function):
-    """The gradient comes from the rounder's own buffers: one forward, then its backward, as the learning loop does."""
+    """AdaRound.soft with a gradient: valid until the next forward, as a learning loop needs it."""
 
     @staticmethod
     def forward(ctx: Any, alpha: Tensor, rounder: AdaRound) -> Tensor:

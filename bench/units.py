@@ -1,39 +1,49 @@
-"""Networks, units and recorded calls that the benchmark runs: ours prepared as in a run, the plain one from its grids."""
+"""Networks, units and recorded calls to measure: ours prepared as in a run, the plain one from its grids."""
 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from time import process_time
 from typing import Any
 
 import numpy as np
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from dqbench.calibration import CalibrationSet
-from dqbench.config import Bits, Recon, compose
-from dqbench.quant.attach import calibrating, find_units, freeze, prepare, quantize_attention, quantize_inputs, skip_splits
-from dqbench.quant.capture import Call, Recorder, first_tensor
+from dqbench.calibration import CalibrationSet, named_generator
+from dqbench.config import Bits, Model, Recon, compose
+from dqbench.models import denoiser, load
+from dqbench.quant.attach import (
+    calibrating,
+    find_units,
+    freeze,
+    prepare,
+    quantize_attention,
+    quantize_inputs,
+    skip_splits,
+)
+from dqbench.quant.capture import Call, Recorder, Stored
 from dqbench.quant.plan import select, split
-from dqbench.quant.quantizers import ActQuantizer, ActRule, SplitQuantizer, WeightRule
+from dqbench.quant.quantizers import ActRule, SplitQuantizer, WeightRule
 from dqbench.quant.reconstruct import Job
 from tests.reference import module_swap as plain
 
 BITS = Bits(weight=4, act=8, attention=8, softmax=8)
-WEIGHT = WeightRule("per_channel", None, "mse", False, False)
+WEIGHT = WeightRule("per_channel", None, "minmax", False, False)
 ACT = ActRule("minmax", False, "first", 0.0, False, False)
+CPU = torch.device("cpu")
 
 
 @dataclass
 class Network:
     """A denoiser and the patterns of its family."""
 
-    name: str
     unet: nn.Module
-    units: list[str]
-    shortcuts: list[str]
+    units: Sequence[str]
+    shortcuts: Sequence[str]
 
     def calibration(self, rows: int) -> CalibrationSet:
         """Normal noise at random time steps: [rows, C, H, W]."""
@@ -44,35 +54,18 @@ class Network:
 
 
 def network(name: str) -> Network:
-    """digits_ddpm with its trained weights, ddpm_cifar10 (35.7 M parameters) with random ones."""
-    from omegaconf import OmegaConf
-
-    from dqbench.models import denoiser, load
-
-    model = OmegaConf.to_object(compose([f"model={name}"]).model)
-    if model.path.startswith("zoo:"):
-        unet = denoiser(load(model))
-    else:
-        from diffusers import UNet2DModel
-
-        torch.manual_seed(0)
-        unet = UNet2DModel(**{key: value for key, value in model.architecture.items() if not key.startswith("_")})
-    return Network(name, freeze(unet), model.units, model.shortcuts)
+    """digits_ddpm with its trained weights; ddpm_cifar10 (35.7 M parameters) from its architecture, random weights."""
+    model: Model = OmegaConf.to_object(compose([f"model={name}"]).model)
+    unet = denoiser(load(model)) if model.path.startswith("zoo:") else random_unet(model)
+    return Network(freeze(unet), model.units, model.shortcuts)
 
 
-@dataclass
-class Stamped(Call):
-    """A recorded call that notes the CPU time at each mini-batch: iteration k lasts from stamp k to stamp k + 1."""
+def random_unet(model: Model) -> nn.Module:
+    """The network of model.architecture with weights as diffusers initialises them, seed 0."""
+    from diffusers import UNet2DModel
 
-    stamps: list[float] = field(default_factory=list)
-
-    def batch(self, rows: slice | np.ndarray, device: torch.device) -> tuple[list[Any], dict[str, Any]]:
-        self.stamps.append(process_time())
-        return super().batch(rows, device)
-
-
-def stamped(call: Call) -> Stamped:
-    return Stamped(call.rows, call.args, call.kwargs)
+    torch.manual_seed(0)
+    return UNet2DModel(**{key: value for key, value in model.architecture.items() if not key.startswith("_")})
 
 
 @dataclass
@@ -89,56 +82,77 @@ class Case:
         return self.job.student.get_submodule(self.name)
 
     def layers(self) -> dict[str, str]:
-        """Name inside the unit -> name in the network."""
+        """Name inside the unit ("": the unit itself) -> name in the network."""
         return {member.removeprefix(self.name).lstrip("."): member for member in self.job.units[self.name]}
 
     def swapped(self) -> tuple[nn.Module, dict[str, plain.SwappedLayer]]:
-        """The plain unit on the same grids, its rounding as it starts."""
-        items = {inner: self.job.layers[name] for inner, name in self.layers().items()}
-        specs = {
-            name: plain.LayerSpec(item.weight, item.grid.scale, item.grid.zero_point, BITS.weight) for name, item in items.items()
-        }
+        """The plain unit on the same grids, rounding as at the start."""
+        specs = {}
+        for inner, name in self.layers().items():
+            item = self.job.layers[name]
+            specs[inner] = plain.LayerSpec(item.weight, item.grid.scale, item.grid.zero_point, BITS.weight)
         return plain.swap(self.teacher, specs)
 
-    def swapped_with_steps(self) -> nn.Module:
-        """The plain unit with the student's rounded weights and the student's activation steps."""
+    def swapped_with_steps(self) -> tuple[nn.Module, list[tuple[nn.Module, plain.Step]]]:
+        """The plain unit with the student's rounded weights and steps, and the pairs (our quantizer, its step)."""
         unit, layers = self.swapped()
-        for inner, layer in layers.items():
-            rounded = self.job.layers[self.layers()[inner]].layer
-            up = rounded.weight > torch.floor(layer.weight / layer.scale) * layer.scale
-            layer.alpha.data, layer.hard = torch.where(up, 1.0, -1.0), True
-            layer.act = plain_steps(rounded.act_quantizer)
-        processor = getattr(self.student, "processor", None)
-        if processor is not None:
-            unit.set_processor(plain.AttentionSteps({part: plain_steps(q) for part, q in processor.quantizers.items()}))
-        return unit
+        pairs: list[tuple[nn.Module, plain.Step]] = []
+        for inner, name in self.layers().items():
+            rounded, layer = self.job.layers[name].layer, layers[inner]
+            middle = (torch.floor(layer.weight / layer.scale) + 0.5) * layer.scale
+            layer.alpha.data, layer.hard = torch.where(rounded.weight > middle, 1.0, -1.0), True
+            layer.act = plain_steps(rounded.act_quantizer, pairs)
+        quantizers = getattr(getattr(self.student, "processor", None), "quantizers", None)
+        if quantizers is not None:
+            unit.set_processor(plain.AttentionSteps({part: plain_steps(q, pairs) for part, q in quantizers.items()}))
+        return unit, pairs
+
+    def plain_batches(self, iters: int) -> Iterator[tuple]:
+        """(args, kwargs, target) of the rows that ours draws too, gathered from tensors in RAM."""
+        arrays = {name: torch.from_numpy(np.array(array)) for name, array in self.call.rows.arrays.items()}
+        generator = named_generator(f"reconstruct/{self.name}", self.job.calib.seed)
+        for _ in range(iters):
+            rows = torch.randperm(len(self.job.calib), generator=generator)[: self.job.recon.batch_size]
+            args = [pick(item, arrays, rows) for item in self.call.args]
+            kwargs = {key: pick(item, arrays, rows) for key, item in self.call.kwargs.items()}
+            yield args, kwargs, arrays["output"][rows]
 
 
-def plain_steps(quantizer: nn.Module) -> nn.Module:
-    """The plain counterpart of an activation quantizer."""
+def pick(item: Any, arrays: dict[str, Tensor], rows: Tensor) -> Any:
+    """The chosen rows of a stored argument; a constant as it is."""
+    return arrays[item.name][rows] if isinstance(item, Stored) else item
+
+
+def plain_steps(quantizer: nn.Module, pairs: list[tuple[nn.Module, plain.Step]]) -> nn.Module:
+    """The plain counterpart of an activation quantizer; every (ours, plain) is added to `pairs`."""
     if isinstance(quantizer, SplitQuantizer):
-        return plain.SplitStep(quantizer.split, plain_steps(quantizer.first), plain_steps(quantizer.second))
-    assert isinstance(quantizer, ActQuantizer)
-    return plain.Step(quantizer.scale, quantizer.zero_point, (quantizer.qmin, quantizer.qmax))
+        halves = (plain_steps(half, pairs) for half in (quantizer.first, quantizer.second))
+        return plain.SplitStep(quantizer.split, *halves)
+    step = plain.Step(quantizer.scale, quantizer.zero_point, (quantizer.qmin, quantizer.qmax))
+    pairs.append((quantizer, step))
+    return step
 
 
-def cases(net: Network, names: list[str], recon: Recon, rows: int, folder: Path):
-    """The named units of a network, weights prepared, calls recorded on `rows` inputs."""
+def cases(net: Network, names: Sequence[str], recon: Recon, rows: int, folder: Path) -> Iterator[Case]:
+    """The named units (none: all), weights prepared, calls recorded on `rows` inputs."""
     calib, student = net.calibration(rows), copy.deepcopy(net.unet)
     splits = skip_splits(student, calib.rows([0]), net.shortcuts)
-    plan = {k: v for k, v in select(student, BITS, [], {}).items() if any(f"{k}.".startswith(f"{name}.") for name in names)}
-    layers = prepare(student, split(plan, list(splits)), WEIGHT, splits)
+    plan = select(student, BITS, [], {})
+    inside = {key: plan[key] for key in plan if any(f"{key}.".startswith(f"{name}.") for name in names or [key])}
+    layers = prepare(student, split(inside, list(splits)), WEIGHT, splits)
     job = Job(student, net.unet, find_units(student, net.units, layers), layers, calib, recon, [])
     teacher = Recorder(net.unet, calib, folder / "outputs", replay=False)
-    for name in names:
-        yield Case(job, name, teacher.inputs(name, folder / name, with_output=True), net.unet.get_submodule(name))
+    for name in names or job.units:
+        call = teacher.inputs(name, folder / name, with_output=True)
+        yield Case(job, name, call, net.unet.get_submodule(name))
+        call.rows.drop()
 
 
 @torch.no_grad()
-def add_steps(case: Case) -> None:
+def quantize_activations(case: Case) -> None:
     """Quantize the activations of a case's unit, ranges from one mini-batch of its recorded call."""
     quantize_inputs({name: case.job.layers[name] for name in case.job.units[case.name]}, signed=False)
     quantize_attention(case.student, BITS, signed=False, signed_softmax=False)
     with calibrating(case.student, ACT):
-        args, kwargs = case.call.batch(slice(0, case.job.recon.batch_size), torch.device("cpu"))
-        first_tensor(case.student(*args, **kwargs))
+        args, kwargs = case.call.batch(slice(0, case.job.recon.batch_size), CPU)
+        case.student(*args, **kwargs)

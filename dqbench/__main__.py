@@ -57,6 +57,8 @@ def _run(cfg: DictConfig, folder: Path) -> None:
 
 def reason(error: Exception) -> str:
     """What failed, on one line; for what is no mistake in the input with the error's kind."""
+    if "No space left on device" in str(error):  # safetensors has an error of its own for it
+        return "No space left on device; free some, and the same command goes on from what is finished"
     if isinstance(error, OSError) and error.strerror:
         where = f": {error.filename}" if error.filename else ""
         return f"{error.strerror}{where}; what is finished stays, the same command goes on from there"

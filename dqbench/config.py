@@ -1,4 +1,4 @@
-"""Types of the configuration, and what is done with it before anything heavy is imported. Values live in conf/; no torch here."""
+"""Types of the configuration, and what is done with it before anything heavy is imported. Values live in conf/."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Bits:
 
 @dataclass
 class Recon:
-    """Reconstruction: AdaRound weight phase, then the activation-step phase. Q-Diffusion sections 1.7, 1.8 of the release."""
+    """Reconstruction: AdaRound weight phase, then the activation-step phase, as in Q-Diffusion's release."""
 
     iters: int
     iters_act: int
@@ -80,7 +80,7 @@ class Recon:
 
 @dataclass
 class Calib:
-    """Which denoiser inputs calibrate: `source` trajectory | noise | image | train_mimic, `policy` uniform | normal | fixed."""
+    """What calibrates. policy: uniform, normal or fixed; source: trajectory, noise, image or train_mimic."""
 
     source: str
     policy: str
@@ -190,7 +190,8 @@ def build(node: DictConfig) -> Any:
     try:
         cls = pkgutil.resolve_name(node._target_)
     except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"{where}._target_={node._target_} is no class ({one_line(error)}); allowed: a dotted name") from error
+        line = f"{where}._target_={node._target_} is no class ({one_line(error)}); allowed: a dotted name"
+        raise UserError(line) from error
     values = {key: value for key, value in node.items() if not key.startswith("_")}
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), values))

@@ -65,5 +65,10 @@ def save_grid(full: np.ndarray, quantized: np.ndarray | None, path: Path, column
     picture = picture[..., 0] if picture.shape[-1] == 1 else picture
     zoom = max(1, 96 // full.shape[1])
     partial = path.with_suffix(".tmp.png")
-    Image.fromarray(picture).resize((picture.shape[1] * zoom, picture.shape[0] * zoom), Image.Resampling.NEAREST).save(partial)
-    partial.replace(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        size = (picture.shape[1] * zoom, picture.shape[0] * zoom)
+        Image.fromarray(picture).resize(size, Image.Resampling.NEAREST).save(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

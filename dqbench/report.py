@@ -35,7 +35,7 @@ def show(rows: Sequence[Row], console: Console | None = None) -> None:
 
 def run_table(row: Row) -> Table:
     """fp32 | quantized | difference for every metric of one row, then paired metrics, then cost."""
-    quantized = bool(row.reference) and label(row)["method"] != "fp32"
+    quantized = label(row)["method"] != "fp32"
     counts = {metric["n"] for metric in (row.metrics | row.paired).values()}
     table = _table(title(row, counts), f"{INTERVAL}\n{DIFFERENCE}\n{FAKE}" if quantized else INTERVAL)
     table.add_column("metric", no_wrap=True)
@@ -87,14 +87,14 @@ def sweep_table(rows: Sequence[Row], columns: Sequence[str] = MAIN, caption: str
         table.add_column(_named(name, found[name]), justify="right")
     for header in ("BOPs", "size", "run"):
         table.add_column(header, justify="right", no_wrap=True)
-    for row, entry in sorted(zip(rows, labels, strict=True), key=lambda pair: _position(pair[0], pair[1])):
+    for row, entry in sorted(zip(rows, labels, strict=True), key=lambda pair: position(pair[0], pair[1])):
         values = [_short((row.metrics | row.paired).get(name)) for name in names]
         cost = [quantity(key, row.cost[key]) if key in row.cost else "" for key in ("bops", "size_bytes")]
         table.add_row(*(entry[key] for key in keys if key not in shared), *values, *cost, row.run_id[:6])
     return table
 
 
-def _position(row: Row, entry: Mapping[str, str]) -> tuple[Any, ...]:
+def position(row: Row, entry: Mapping[str, str]) -> tuple[Any, ...]:
     """Models and samplers apart, full precision first, then from many bits to few."""
     bits = row.config.get("bits", {})
     widths = [-bits.get(key, 0) for key in ("weight", "act")]
@@ -117,8 +117,7 @@ def label(row: Row) -> dict[str, str]:
     """model, method, bits and sampler of a row, as people say them."""
     config = row.config
     bits, sampler = config.get("bits", {}), config.get("sampler", {})
-    method = config.get("method", {}).get("_target_", "?").rsplit(".", 2)
-    name = method[-2] if len(method) > 2 else method[-1]
+    name = str(config.get("method", {}).get("name", "?"))
     return {
         "model": str(config.get("model", {}).get("name", "?")),
         "method": name,
@@ -166,9 +165,9 @@ def apart(first: Metric, second: Metric) -> bool:
 
 
 def decimals(value: float) -> int:
-    """Decimals that show four significant digits of a value, three of one below 1; at most five."""
+    """Decimals that show four significant digits of a value, three of one below 1; at most four decimals."""
     exponent = math.floor(math.log10(abs(value))) if value else 0
-    return max(0, min(5, 3 - exponent if exponent >= 0 else 2 - exponent))
+    return max(0, min(4, 3 - exponent if exponent >= 0 else 2 - exponent))
 
 
 def quantity(key: str, value: float) -> str:

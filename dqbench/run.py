@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import resource
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dqbench import cost
 from dqbench.calibration import CalibrationSet, calibration_seeds, record_trajectory, replace_source, select
-from dqbench.config import THROUGHPUT, build, identity, plain, run_id
+from dqbench.config import THROUGHPUT, build, compose, identity, plain, run_id
 from dqbench.diagnostics import curve, mean_over_chains, noise_errors, save_grid
 from dqbench.launching.checks import check
 from dqbench.launching.preflight import choose_device, preflight
@@ -28,11 +30,12 @@ from dqbench.models import checkpoint_hash, denoiser, load
 from dqbench.quant.attach import installed
 from dqbench.quant.checkpoint import load_denoiser, save_denoiser
 from dqbench.provenance import provenance
-from dqbench.results import Row
+from dqbench.results import Row, finished
 from dqbench.sampling import generate, sample_seed, set_sampler, to_uint8
 from dqbench.shards import Shards, fill
 from dqbench.stages import Artifact, Store
 
+SMALL = 10_000_000  # parameters: below, threads wait for each other longer than they compute
 PROBE_CHAINS = 64  # scored seeds along whose full-precision trajectory the error of the predicted noise is measured
 
 
@@ -74,8 +77,6 @@ class Cell:
         self.method, self.metrics = build(self.cfg.method), build(self.cfg.metrics)
         self.store = Store(Path(self.cfg.paths.cache))
         self.seed, self.full_precision = self.cfg.seed, Quantized(None)
-        if self.cfg.runtime.threads:
-            torch.set_num_threads(self.cfg.runtime.threads)
         self.metrics.check(self.model.data, self.sampler.num_samples)
         preflight(self.model, self.sampler, self.cfg.runtime.device)
 
@@ -86,7 +87,12 @@ class Cell:
     @cached_property
     def pipe(self) -> DiffusionPipeline:
         """The full-precision pipeline under the cell's sampler; loaded when a stage first needs it."""
-        return set_sampler(load(self.model, self.device), self.sampler)
+        pipe = set_sampler(load(self.model, self.device), self.sampler)
+        if self.cfg.runtime.threads:
+            torch.set_num_threads(self.cfg.runtime.threads)
+        elif sum(parameter.numel() for parameter in denoiser(pipe).parameters()) < SMALL:
+            torch.set_num_threads(1)
+        return pipe
 
     @cached_property
     def origin(self) -> dict[str, Any]:
@@ -248,3 +254,19 @@ def read_json(path: Path) -> Any:
 def write_json(path: Path, content: Any) -> None:
     """Write JSON; an artifact's folder becomes visible only when complete, so this need not be atomic."""
     path.write_text(json.dumps(content, allow_nan=False))
+
+
+class _Callable(ModuleType):
+    """Lets `dqbench.run([...])` be a call although dqbench.run is this module."""
+
+    def __call__(self, overrides: Sequence[str] = ()) -> Row:
+        """One cell, as `python -m dqbench` with these overrides; a finished row is read, not computed again."""
+        cfg = compose(list(overrides))
+        folder = Path(cfg.paths.results) / "runs" / run_id(cfg)
+        if (row := finished(folder)) is not None and not cfg.runtime.force:
+            return row
+        folder.mkdir(parents=True, exist_ok=True)
+        return run(cfg, folder)
+
+
+sys.modules[__name__].__class__ = _Callable

@@ -61,7 +61,8 @@ def make_scheduler(config: dict[str, Any], sampler: Sampler) -> Any:
             raise UserError(f"sampler.{where} has no meaning for {sampler.scheduler}; it takes: {', '.join(accepted)}")
     train_steps = config.get("num_train_timesteps", sampler.steps)
     if sampler.steps > train_steps:
-        raise UserError(f"sampler.steps={sampler.steps} is more than the model was trained with; allowed: 1 to {train_steps}")
+        line = f"sampler.steps={sampler.steps} is more than the model was trained with; allowed: 1 to {train_steps}"
+        raise UserError(line)
     return cls.from_config(config, **settings)
 
 

@@ -1,4 +1,4 @@
-"""Arrays on disk in shards of rows: written one batch at a time, resumed at the first missing row, read memory-mapped."""
+"""Arrays on disk in shards of rows: written batch by batch, resumed at the first missing row, read by memory map."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def save_array(path: Path, values: np.ndarray) -> None:
 
 
 def create_array(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-    """A new memory-mapped .npy file with its disk space reserved: on a full disk an OSError, not a fatal signal later."""
+    """A new memory-mapped .npy file, disk space reserved: a full disk is an OSError here, not a signal later."""
     rows = np.lib.format.open_memmap(path, "w+", dtype, shape)
     if hasattr(os, "posix_fallocate"):
         with path.open("r+b") as file:
@@ -39,7 +39,7 @@ def create_array(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndar
 
 @dataclass(frozen=True)
 class Shards:
-    """One array [N, ...] kept as `NAME.<first>-<end>.npy` files. Row i depends on i alone, so shard sizes may differ."""
+    """One array [N, ...] kept as `NAME.<first>-<end>.npy` files. Shard sizes may differ."""
 
     folder: Path
     name: str
@@ -106,7 +106,7 @@ def missing(spans: list[tuple[int, int]], count: int, batch_size: int) -> Iterat
 def fill(
     folder: Path, count: int, batch_size: int, produce: Callable[[range], dict[str, np.ndarray]], title: str
 ) -> None:
-    """Write rows 0..count-1 of the arrays that `produce(rows)` returns by name, missing batches only, under a progress bar.
+    """Write rows 0..count-1 of the arrays that `produce(rows)` returns by name, missing batches only, showing progress.
 
     A batch counts as done when its array "sample" is there, which is therefore written last.
     """

@@ -46,7 +46,7 @@ class Store:
     root: Path
 
     def get(self, stage: str, depends: dict[str, Any], produce: Callable[[Path], None]) -> Artifact:
-        """The artifact of `stage` for `depends` (JSON-able); built by `produce(folder)` unless it is there and whole."""
+        """The artifact of `stage` for `depends` (JSON-able); built by `produce(folder)` unless it is whole."""
         key = digest(depends)
         folder = self.root / stage / key
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -116,7 +116,7 @@ def resuming(part: Path) -> Iterator[None]:
 
 
 def scratch(name: str) -> Path | None:
-    """A folder of the current stage for unfinished work, kept after a kill, dropped at the end; None outside a stage."""
+    """A folder of the current stage for unfinished work, kept after a kill; None outside a stage."""
     if (part := _part.get()) is None:
         return None
     folder = part / "scratch" / name
@@ -134,7 +134,7 @@ def find_damage(folder: Path) -> str | None:
     """What is wrong with an artifact's files, or None."""
     try:
         expected = json.loads((folder / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{MANIFEST}: {type(error).__name__}"
     found = checksums(folder)
     wrong = [name for name in expected if found.get(name) != expected[name]]

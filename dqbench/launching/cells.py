@@ -1,4 +1,4 @@
-"""A Hydra callback: before anything runs or is created, all cells are known, checked, and looked up among the finished."""
+"""A Hydra callback: before anything runs or is created, all cells are known, checked, looked up among the finished."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Cells(Callback):
 
 
 def admit(configs: list[DictConfig]) -> None:
-    """Raise UserError for a bad cell, SystemExit(0) where no cell is left to run. Heavy imports only for cells to run."""
+    """Raise UserError for a bad cell, SystemExit(0) where none is left to run. Imports torch only for those."""
     for cfg in configs:
         check(cfg)
     cells[:] = configs

@@ -56,7 +56,8 @@ def check_ranges(cfg: DictConfig) -> None:
     """Raise UserError for numbers outside their range; NaN is outside every range."""
     calib, recon, sampler = cfg.calib, cfg.recon, cfg.sampler
     uniform = calib.policy == "uniform"
-    check_range("sampler", sampler, {"steps": (1, None), "eta": (0, 1), "num_samples": (2, None), "batch_size": (1, None)})
+    check_range("sampler", sampler, {"steps": (1, None), "eta": (0, 1), "num_samples": (2, None)})
+    check_range("sampler", sampler, {"batch_size": (1, None)})
     check_range("calib", calib, {"chains": (1, None), "samples": (1, None), "mean": (None, None), "std": (0, None)})
     check_range("calib", calib, {"steps": (1, sampler.steps if uniform else None)}, "sampler.steps")
     check_range("calib", calib, {"step": (0, sampler.steps - 1)}, "sampler.steps - 1")
@@ -70,11 +71,12 @@ def check_ranges(cfg: DictConfig) -> None:
 
 
 def check_range(group: str, node: DictConfig, limits: dict[str, tuple[Any, Any]], high_is: str = "") -> None:
-    """Raise UserError for a key of `node` outside [low, high]; None is no limit; `high_is` says what sets the upper one."""
+    """Raise UserError for a key of `node` outside [low, high]; None is no limit; `high_is` names what sets high."""
     for key, (low, high) in limits.items():
         value = node[key]
         lowest, highest = float("-inf") if low is None else low, float("inf") if high is None else high
         if value is not None and not (lowest <= value <= highest and abs(value) < float("inf")):
             upper = f"{high} ({high_is})" if high_is else high
-            allowed = f"{low} to {upper}" if high is not None else f"{low} or more" if low is not None else "a finite number"
+            at_least = f"{low} or more" if low is not None else "a finite number"
+            allowed = f"{low} to {upper}" if high is not None else at_least
             raise UserError(f"{group}{'.' if group else ''}{key}={value} is out of range; allowed: {allowed}")

@@ -14,7 +14,7 @@ WEIGHTS = ("*.safetensors", "*.bin")
 
 
 def preflight(model: Model, sampler: Sampler, device: str) -> None:
-    """Raise UserError where the cell could not start. Reads headers only; fetches a hub checkpoint that is not here yet."""
+    """Raise UserError where the cell could not start. Reads headers only; fetches a hub checkpoint that is not here."""
     from dqbench.models import snapshot
 
     choose_device(device)
@@ -34,7 +34,8 @@ def choose_device(wanted: str) -> str:
         raise UserError(f"runtime.device={wanted} is unknown; allowed: auto, cpu, cuda, cuda:N")
     if wanted != "cpu" and int(match[1] or 0) >= count:
         there = ", ".join(["auto", "cpu", *(["cuda"] if count else []), *(f"cuda:{i}" for i in range(count))])
-        raise UserError(f"runtime.device={wanted}: torch {torch.__version__} sees {count or 'no'} CUDA devices; allowed: {there}")
+        sees = f"torch {torch.__version__} sees {count or 'no'} CUDA devices"
+        raise UserError(f"runtime.device={wanted}: {sees}; allowed: {there}")
     return wanted
 
 
@@ -44,7 +45,8 @@ def check_scheduler(folder: Path, model: Model, sampler: Sampler) -> None:
 
     components = read_json(folder / "model_index.json")
     if "scheduler" not in components or model.denoiser not in components:
-        raise UserError(f"{folder / 'model_index.json'} names no scheduler or no {model.denoiser}; model.denoiser must name one")
+        file = folder / "model_index.json"
+        raise UserError(f"{file} names no scheduler or no {model.denoiser}; model.denoiser must be one of its parts")
     make_scheduler(read_json(folder / "scheduler" / "scheduler_config.json"), sampler)
 
 
@@ -54,7 +56,8 @@ def check_weights(folder: Path, model: Model) -> None:
 
     files = [file for pattern in WEIGHTS for file in (folder / model.denoiser).glob(pattern)]
     if not files:
-        raise UserError(f"model.path={model.path}: {folder / model.denoiser} holds no weights; needed: a .safetensors file")
+        where = folder / model.denoiser
+        raise UserError(f"model.path={model.path}: {where} holds no weights; needed: a .safetensors file")
     for file in folder.rglob("*.safetensors"):
         try:
             with safe_open(file, "numpy"):
@@ -68,7 +71,8 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read ({type(error).__name__}); needed: a diffusers pipeline folder") from error
+        line = f"{file} cannot be read ({type(error).__name__}); needed: a diffusers pipeline folder"
+        raise UserError(line) from error
     if not isinstance(content, dict):
         raise UserError(f"{file} holds no JSON object; needed: a diffusers pipeline folder")
     return content

@@ -42,8 +42,9 @@ def choices() -> str:
     chosen: dict[str, str] = {}
     for entry in OmegaConf.load(conf / "config.yaml").defaults:
         chosen |= dict(entry) if OmegaConf.is_dict(entry) else {}
-    groups = {folder.name: sorted(path.stem for path in folder.glob("*.yaml")) for folder in sorted(conf.iterdir()) if folder.is_dir()}
-    groups |= {"+sweeps": presets()}
+    folders = [folder for folder in sorted(conf.iterdir()) if folder.is_dir()]
+    groups = {folder.name: sorted(path.stem for path in folder.glob("*.yaml")) for folder in folders}
+    groups["+sweeps"] = presets()
     lines = [
         f"{group:<10}{', '.join(name + '*' * (chosen.get(group) == name) for name in names)}"
         for group, names in groups.items()

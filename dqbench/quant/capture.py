@@ -6,6 +6,7 @@ up to unit k costs the glue between units (norms, concatenations), not the prefi
 
 from __future__ import annotations
 
+import mmap
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -49,6 +50,11 @@ class Rows:
         values = torch.from_numpy(self.arrays[name])
         chosen = values[rows].clone() if isinstance(rows, slice) else values.index_select(0, torch.from_numpy(rows))
         return chosen.to(device)
+
+    def release(self) -> None:
+        """Give the memory of the mapped pages back; their content stays in the files."""
+        for array in self.arrays.values():
+            array.base.madvise(mmap.MADV_DONTNEED)
 
     def drop(self) -> None:
         """Delete the files."""
@@ -122,6 +128,8 @@ class Recorder:
             call.record(first, seen["args"], seen["kwargs"], batch_size)
             if with_output:
                 call.rows.write("output", first, seen["output"])
+            self.outputs.release()
+            call.rows.release()
         return call
 
     @torch.no_grad()
@@ -136,6 +144,8 @@ class Recorder:
             else:
                 args, kwargs = call.batch(rows, self.device)
                 self.outputs.write(name, first, first_tensor(unit(*args, **kwargs)))
+            self.outputs.release()
+            call.rows.release()
         self.units[name] = unit
 
     @torch.no_grad()

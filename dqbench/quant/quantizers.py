@@ -15,7 +15,6 @@ from dqbench.errors import UserError
 from dqbench.quant.functional import GAMMA, ZETA, adaround_grid, adaround_init, fake_quantize, qrange
 from dqbench.quant.ranges import blend, choose_qparams, extremes, ptq4dm_qparams, ptq4dm_range, range_qparams
 
-
 OVER = ("first", "all", "ema", "ema_search")
 
 
@@ -190,8 +189,8 @@ def union(running: tuple[Tensor, Tensor] | None, new: tuple[Tensor, Tensor]) -> 
 class AdaRound(nn.Module):
     """Parametrization of a weight by learnable rounding (Nagel et al. 2020, arXiv:2004.10568, Eq. 22-24).
 
-    alpha: the weight's shape. Where `beta` is set, alpha's gradient has that of strength x sum of 1 - |2h - 1|^beta added
-    to it; only the first `regularised` input channels take part, if given (the release's quirk in split layers).
+    alpha: the weight's shape. Where `beta` is set, the gradient of strength x sum of 1 - |2h - 1|^beta is added to
+    alpha's; only the first `regularised` input channels take part, if given (the release's quirk in split layers).
     """
 
     def __init__(self, weight: Tensor, grid: Grid, regularised: int | None = None) -> None:
@@ -237,7 +236,7 @@ class AdaRound(nn.Module):
 
 
 def regularise(h: Tensor, sigmoid: Tensor, power: Tensor, beta: float, strength: float) -> None:
-    """Replace h by d/dalpha of strength x (1 - |2h - 1|^beta), beta > 1; sigmoid: as `soft` leaves it, power: scratch."""
+    """Replace h by d/dalpha of strength x (1 - |2h - 1|^beta), beta > 1. sigmoid: as `soft` leaves it. power: any."""
     h.mul_(2).sub_(1)
     torch.abs(h, out=power).log_().mul_(beta - 1).exp_().copysign_(h)  # exp(b log) takes a fifth of pow's time
     torch.mul(power, sigmoid, out=h).mul_(-2 * beta * strength * (ZETA - GAMMA))

@@ -1,8 +1,8 @@
 """Reconstruction of one unit the plain way: modules swapped for ones that re-quantize their weight at each forward.
 
-Written from Q-Diffusion (Li et al. 2023, arXiv:2302.04304), BRECQ (arXiv:2102.05426) and AdaRound (arXiv:2004.10568), not
-from dqbench.quant: quantizers are composites that autograd differentiates by itself, every parameter requires a gradient,
-nothing is precomputed, the calibration data lies in RAM. Tests and the benchmark compare with it.
+Written from Q-Diffusion (Li et al. 2023, arXiv:2302.04304), BRECQ (arXiv:2102.05426) and AdaRound (arXiv:2004.10568),
+not from dqbench.quant: quantizers are composites that autograd differentiates by itself, every parameter requires a
+gradient, nothing is precomputed, the calibration data lies in RAM. Tests and the benchmark compare with it.
 """
 
 from __future__ import annotations
@@ -79,13 +79,13 @@ class SplitStep(nn.Module):
 
 
 class AttentionSteps(nn.Module):
-    """Self-attention over the pixels of [B, C, H, W], as diffusers' Attention computes it, with quantized matmul operands."""
+    """Self-attention over the pixels of [B, C, H, W], as diffusers' Attention computes it, its operands quantized."""
 
     def __init__(self, steps: dict[str, Step]) -> None:
         super().__init__()
         self.steps = nn.ModuleDict(steps)
 
-    def __call__(self, attn: nn.Module, x: Tensor, encoder_hidden_states=None, attention_mask=None, temb=None) -> Tensor:
+    def __call__(self, attn: nn.Module, x: Tensor, *_: None, **__: None) -> Tensor:
         B, C, H, W = x.shape
         tokens = attn.group_norm(x.flatten(2)).transpose(1, 2)
         q, k, v = (self.steps[part](getattr(attn, f"to_{part}")(tokens)) for part in ("q", "k", "v"))
@@ -96,39 +96,18 @@ class AttentionSteps(nn.Module):
 
 
 def swap(unit: nn.Module, specs: dict[str, LayerSpec]) -> tuple[nn.Module, dict[str, SwappedLayer]]:
-    """A copy of `unit` whose layers named in `specs` are swapped, all parameters requiring gradients; "" is the unit."""
+    """A copy of `unit` with the layers of `specs` swapped ("" is the unit); all its parameters require gradients."""
     unit = copy.deepcopy(unit).requires_grad_(True)
-    swapped = {}
-    for name, spec in specs.items():
-        swapped[name] = SwappedLayer(unit.get_submodule(name), spec)
-        parent, _, key = name.rpartition(".")
+    swapped = {name: SwappedLayer(unit.get_submodule(name), spec) for name, spec in specs.items()}
+    for name, layer in swapped.items():
         if name:
-            setattr(unit.get_submodule(parent), key, swapped[name]) if not key.isdigit() else None
-            if key.isdigit():
-                unit.get_submodule(parent)[int(key)] = swapped[name]
-    return (swapped[""] if "" in swapped else unit), swapped
+            unit.set_submodule(name, layer)
+    return swapped.get("", unit), swapped
 
 
 def reconstruction_loss(output: Tensor, target: Tensor, p: float) -> Tensor:
     """mean over all dims but dim 1 of sum over dim 1 of |output - target|^p."""
     return (output - target).abs().pow(p).sum(1).mean()
-
-
-def learn_rounding(unit: nn.Module, layers: Iterable[SwappedLayer], batches: Iterable, settings: Rounding) -> Iterator[float]:
-    """The weight phase; yields the mini-batch's loss of each iteration. batches: (args, kwargs, target)."""
-    layers = list(layers)
-    optimizer = torch.optim.Adam([layer.alpha for layer in layers], lr=settings.lr)
-    for count, (args, kwargs, target) in enumerate(batches, start=1):
-        loss = total = reconstruction_loss(unit(*args, **kwargs), target, settings.p)
-        if count >= settings.start:
-            progress = (count - settings.start) / max(settings.iters - settings.start, 1)
-            beta = settings.beta[1] + (settings.beta[0] - settings.beta[1]) * max(0.0, 1 - progress)
-            for layer in layers:
-                total = total + settings.penalty * rounding_penalty(layer.alpha, beta)
-        optimizer.zero_grad()
-        total.backward()
-        optimizer.step()
-        yield float(loss)
 
 
 @dataclass
@@ -143,6 +122,25 @@ class Rounding:
     beta: tuple[float, float]
 
 
+def learn_rounding(
+    unit: nn.Module, layers: Iterable[SwappedLayer], batches: Iterable, settings: Rounding
+) -> Iterator[float]:
+    """The weight phase; yields the mini-batch's loss of each iteration. batches: (args, kwargs, target)."""
+    layers = list(layers)
+    optimizer = torch.optim.Adam([layer.alpha for layer in layers], lr=settings.lr)
+    for count, (args, kwargs, target) in enumerate(batches, start=1):
+        loss = total = reconstruction_loss(unit(*args, **kwargs), target, settings.p)
+        if count >= settings.start:
+            progress = (count - settings.start) / max(settings.iters - settings.start, 1)
+            beta = settings.beta[1] + (settings.beta[0] - settings.beta[1]) * max(0.0, 1 - progress)
+            for layer in layers:
+                total = total + settings.penalty * rounding_penalty(layer.alpha, beta)
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+        yield float(loss.detach())
+
+
 def learn_steps(unit: nn.Module, batches: Iterable, iters: int, lr: float, p: float) -> Iterator[float]:
     """The activation phase: Adam with cosine annealing on the scales; yields the loss of each iteration."""
     optimizer = torch.optim.Adam([module.scale for module in unit.modules() if isinstance(module, Step)], lr=lr)
@@ -153,4 +151,4 @@ def learn_steps(unit: nn.Module, batches: Iterable, iters: int, lr: float, p: fl
         loss.backward()
         optimizer.step()
         schedule.step()
-        yield float(loss)
+        yield float(loss.detach())

@@ -1,7 +1,7 @@
 """collect(): denoiser inputs along the full-precision trajectory -> CalibrationSet.
 
-One sampling pass records every denoiser call (the trajectory, an artifact that all methods and policies share); a policy
-then picks (chain, step) pairs from it. Steps are positions in the sampler's schedule: 0 is the noisiest.
+One sampling pass records every denoiser call (the trajectory, an artifact that all methods and policies share); a
+policy then picks (chain, step) pairs from it. Steps are positions in the sampler's schedule: 0 is the noisiest.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def named_seed(name: str, seed: int) -> int:
 
 @dataclass
 class CalibrationSet:
-    """N denoiser inputs: `inputs` maps argument names to arrays or memory maps [N, ...]; `step` [N] is their position."""
+    """N denoiser inputs: argument names -> arrays or memory maps [N, ...]; `step` [N] is their position."""
 
     inputs: dict[str, Any]
     step: np.ndarray
@@ -112,7 +112,7 @@ def call_inputs(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Batch
 
 
 def record_chains(pipe: DiffusionPipeline, sampler: Sampler, seeds: Sequence[int], first: int) -> dict[str, np.ndarray]:
-    """One sampling pass of n chains -> {argument: [n, G, S, ...]}: S denoiser calls, G = 2 rows under guidance, else 1."""
+    """One sampling pass of n chains -> {argument: [n, G, S, ...]}: S calls, G = 2 rows under guidance, else 1."""
     with recording(pipe) as calls:
         generate(pipe, sampler, seeds, range(first, first + len(seeds)))
     recorded = {name: torch.stack([call[name] for call in calls], dim=1) for name in calls[0]}
@@ -156,7 +156,7 @@ def pick(calib: Calib, steps: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def select(source: Path, calib: Calib, seed: int, target: Path) -> None:
-    """Write the policy's rows of the trajectory in `source` to `target` as a CalibrationSet, guidance halves in turn."""
+    """Write the policy's rows of the trajectory `source` to `target` as a CalibrationSet, guidance halves in turn."""
     for name in sorted({path.name.split(".")[0] for path in source.glob("*.npy")} - {"output"}):
         array = Shards(source, name)
         halves, steps, *shape = array.shape[1:]

@@ -74,6 +74,7 @@ class Recon:
     order: str  # execution | official
     dropout: bool
     split_penalty: str  # both | first
+    bound_steps: bool  # activation scales stay within a factor of 2 of where they start
     act_init: str  # random | first
     act_init_samples: int
 

@@ -29,7 +29,9 @@ def noise_errors(pipe: DiffusionPipeline, trajectory: Path) -> np.ndarray:
     spans = [(first, step) for first in range(0, chains, BATCH) for step in range(steps)]
     for first, step in track(spans, "noise error", len(spans)):
         part = range(first, min(first + BATCH, chains))
-        rows = {name: torch.from_numpy(np.concatenate([array[c][:, step] for c in part])) for name, array in arrays.items()}
+        rows = {
+            name: torch.from_numpy(np.concatenate([array[c][:, step] for c in part])) for name, array in arrays.items()
+        }
         predicted = denoiser(pipe)(**{name: values.to(pipe.device) for name, values in rows.items()})[0].cpu()
         exact = torch.from_numpy(np.concatenate([wanted[c][:, step] for c in part]))
         relative = (predicted - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)
@@ -41,8 +43,18 @@ def mean_over_chains(errors: np.ndarray) -> Metric:
     """The noise error averaged over steps, its interval over chains."""
     values = errors.mean(axis=(1, 2))
     half = Z_95 * values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0.0
-    protocol = "||eps_q - eps|| / ||eps|| at the same x_t of full-precision sampling; mean over steps, interval over chains"
-    return Metric(float(values.mean()), float(values.mean() - half), float(values.mean() + half), len(values), "denoiser output", protocol, False)
+    protocol = (
+        "||eps_q - eps|| / ||eps|| at the same x_t of full-precision sampling; mean over steps, interval over chains"
+    )
+    return Metric(
+        float(values.mean()),
+        float(values.mean() - half),
+        float(values.mean() + half),
+        len(values),
+        "denoiser output",
+        protocol,
+        False,
+    )
 
 
 def curve(errors: np.ndarray, timesteps: Sequence[int]) -> dict[str, Any]:
@@ -60,7 +72,10 @@ def save_grid(full: np.ndarray, quantized: np.ndarray | None, path: Path, column
     from PIL import Image
 
     rows = [full[:columns]] if quantized is None else [full[:columns], quantized[:columns]]
-    strips = [np.concatenate([np.pad(image, ((1, 1), (1, 1), (0, 0)), constant_values=128) for image in row], axis=1) for row in rows]
+    strips = [
+        np.concatenate([np.pad(image, ((1, 1), (1, 1), (0, 0)), constant_values=128) for image in row], axis=1)
+        for row in rows
+    ]
     picture = np.concatenate(strips, axis=0)
     picture = picture[..., 0] if picture.shape[-1] == 1 else picture
     zoom = max(1, 96 // full.shape[1])

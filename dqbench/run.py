@@ -27,9 +27,9 @@ from dqbench.methods.fp32 import FP32
 from dqbench.metrics.guards import check_finite, check_samples
 from dqbench.metrics.paired import paired
 from dqbench.models import checkpoint_hash, denoiser, load
+from dqbench.provenance import provenance
 from dqbench.quant.attach import installed
 from dqbench.quant.checkpoint import load_denoiser, save_denoiser
-from dqbench.provenance import provenance
 from dqbench.results import Row, finished
 from dqbench.sampling import generate, sample_seed, set_sampler, to_uint8
 from dqbench.shards import Shards, fill
@@ -99,11 +99,13 @@ class Cell:
         """What every stage depends on: the checkpoint's content and how the sampler steps."""
         unhashed = (*THROUGHPUT["sampler"], "num_samples")
         sampler = {key: value for key, value in plain(self.cfg.sampler).items() if key not in unhashed}
-        family = {key: plain(self.cfg.model)[key] for key in ("pipeline", "denoiser", "dtype", "prompts", "num_classes")}
+        family = {
+            key: plain(self.cfg.model)[key] for key in ("pipeline", "denoiser", "dtype", "prompts", "num_classes")
+        }
         return {"checkpoint": checkpoint_hash(self.model), "model": family, "sampler": sampler, "seed": self.seed}
 
     def trajectory(self, chains: int, purpose: str) -> Artifact:
-        """Denoiser inputs and outputs of full-precision sampling: calibration chains, or the first scored seeds (probe)."""
+        """Inputs and outputs of full-precision sampling: calibration chains, or the first scored seeds (probe)."""
         seeds = {
             "calibration": lambda rows: calibration_seeds(rows, self.seed),
             "probe": lambda rows: [sample_seed(self.seed, i) for i in rows],
@@ -188,7 +190,9 @@ class Cell:
         def produce(folder: Path) -> None:
             errors = noise_errors(self.load(quantized), probe.folder)
             steps = Shards(probe.folder, "timestep")[0][0]
-            write_json(folder / "errors.json", {"mean": mean_over_chains(errors).to_dict(), "curve": curve(errors, steps)})
+            write_json(
+                folder / "errors.json", {"mean": mean_over_chains(errors).to_dict(), "curve": curve(errors, steps)}
+            )
 
         return self.store.get("noise_error", {"probe": probe.key, "quantized": quantized.artifact.key}, produce)
 
@@ -205,18 +209,25 @@ class Cell:
             cost=self.cost(quantized),
             timing=self.timing(calib, quantized, samples, scores[samples]),
             provenance=provenance(
-                self.device, self.model.dtype, self.origin["checkpoint"], self.metrics.reference_hash(self.model.data, self.references)
+                self.device,
+                self.model.dtype,
+                self.origin["checkpoint"],
+                self.metrics.reference_hash(self.model.data, self.references),
             ),
             diagnostics=diagnostics,
         )
 
-    def compare(self, quantized: Quantized, samples: Artifact, reference: Artifact) -> tuple[dict[str, Any], dict[str, Any]]:
+    def compare(
+        self, quantized: Quantized, samples: Artifact, reference: Artifact
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """(paired metrics, per-step curve) against full precision on the same seeds; both empty for full precision."""
         if quantized.artifact is None:
             return {}, {}
         metrics = paired(*(Shards(part.folder, "sample").read() for part in (samples, reference)))
         errors = read_json(self.noise_error(quantized).folder / "errors.json")
-        return {**{name: metric.to_dict() for name, metric in metrics.items()}, "noise_error": errors["mean"]}, errors["curve"]
+        return {**{name: metric.to_dict() for name, metric in metrics.items()}, "noise_error": errors["mean"]}, errors[
+            "curve"
+        ]
 
     def cost(self, quantized: Quantized) -> dict[str, Any]:
         """The bill of the denoiser as it was really quantized."""
@@ -229,7 +240,9 @@ class Cell:
         full, own = (Shards(part.folder, "sample").read() for part in (reference, samples))
         save_grid(full, own if samples.folder != reference.folder else None, path)
 
-    def timing(self, calib: Artifact | None, quantized: Quantized, samples: Artifact, scores: Artifact) -> dict[str, float]:
+    def timing(
+        self, calib: Artifact | None, quantized: Quantized, samples: Artifact, scores: Artifact
+    ) -> dict[str, float]:
         """Seconds each stage took when it was computed, by this cell or by the one that shares it."""
         return {
             "calibrate_s": calib.seconds if calib else 0.0,

@@ -21,9 +21,9 @@ from dqbench.quant.functional import fake_quantize, qrange
 class QuadDDIMScheduler(DDIMScheduler):
     """DDIM with quadratic spacing: t_i = int(linspace(0, sqrt(0.8 T), S)[i]^2), the CIFAR-10 setting of DDIM's release.
 
-    A trajectory over chosen time steps is DDIM on the chain respaced to them: within a step, alphas_cumprod is replaced by
-    its values at t_i, and the base class steps through positions with stride 1. Small t_i repeat; a step from t to the
-    same t leaves the sample as it is.
+    A trajectory over chosen time steps is DDIM on the chain respaced to them: within a step, alphas_cumprod is replaced
+    by its values at t_i, and the base class steps through positions with stride 1. Small t_i repeat; a step from t to
+    the same t leaves the sample as it is.
     """
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
@@ -137,7 +137,9 @@ def quantize_operations(scheduler: Any, operations: list[str], bound: float) -> 
     """
     twins = {DDIMScheduler: QuantizedDDIMScheduler, DDPMScheduler: QuantizedDDPMScheduler}
     if type(scheduler) not in twins:
-        raise UserError(f"method.quantize_mu/sigma/x: defined for DDIM and DDPM schedulers, not {type(scheduler).__name__}")
+        raise UserError(
+            f"method.quantize_mu/sigma/x: defined for DDIM and DDPM schedulers, not {type(scheduler).__name__}"
+        )
     twin = twins[type(scheduler)].from_config(scheduler.config)
     twin.register_to_config(operations=operations, bound=bound)
     return twin

@@ -40,7 +40,9 @@ def markdown(group: tuple[str, str, int], members: Sequence[Row]) -> str:
     header = ["method", "bits", "seed", *arrows, "BOPs", "size", "bits/weight", "run"]
     lines = [header, ["---"] * 3 + ["---:"] * (len(header) - 4) + ["---"]]
     lines += [line(row, names) for row in members]
-    protocols = [f"- {name}: n {found[name]['n']:,}; {found[name]['extractor']}; {found[name]['protocol']}" for name in names]
+    protocols = [
+        f"- {name}: n {found[name]['n']:,}; {found[name]['extractor']}; {found[name]['protocol']}" for name in names
+    ]
     title = f"# {group[0]}, {group[1]}, {group[2]:,} samples"
     body = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
     notes = [

@@ -132,7 +132,9 @@ def test_units_are_outermost_matches_and_lone_layers(student):
     units = find_units(student, ["*.resnets.?", "*.attentions.?"], layers)
     assert "conv_in" not in units
     assert units["conv_out"] == ["conv_out"] and units["time_embedding.linear_1"] == ["time_embedding.linear_1"]
-    assert units["mid_block.attentions.0"] == [f"mid_block.attentions.0.{part}" for part in ("to_q", "to_k", "to_v", "to_out.0")]
+    assert units["mid_block.attentions.0"] == [
+        f"mid_block.attentions.0.{part}" for part in ("to_q", "to_k", "to_v", "to_out.0")
+    ]
     assert sorted(name for members in units.values() for name in members) == sorted(layers)
 
 

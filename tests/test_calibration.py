@@ -75,7 +75,9 @@ def test_calibration_seeds_are_disjoint_from_scored_seeds():
     assert calibration_seeds(range(3), 0) != calibration_seeds(range(3), 1)
 
 
-@pytest.mark.parametrize("steps, kept, indices", [(100, 20, range(0, 100, 5)), (50, 25, range(0, 50, 2)), (500, 20, range(0, 500, 25))])
+@pytest.mark.parametrize(
+    "steps, kept, indices", [(100, 20, range(0, 100, 5)), (50, 25, range(0, 50, 2)), (500, 20, range(0, 500, 25))]
+)
 def test_uniform_keeps_every_cth_step(steps, kept, indices):
     chain, step = pick(calib(steps=kept, samples=kept * 4, chains=4), steps, 0)
     assert sorted(set(step.tolist())) == list(indices) and len(step) == kept * 4
@@ -93,7 +95,9 @@ def test_normal_policy_has_the_papers_clamped_shares():
 
 
 def test_fixed_policy_is_one_step():
-    assert set(pick(calib(policy="fixed"), 50, 0)[1]) == {25} and set(pick(calib(policy="fixed", step=7), 50, 0)[1]) == {7}
+    assert set(pick(calib(policy="fixed"), 50, 0)[1]) == {25} and set(
+        pick(calib(policy="fixed", step=7), 50, 0)[1]
+    ) == {7}
 
 
 def test_selected_rows_are_the_picked_ones(trajectory, tmp_path):
@@ -140,7 +144,9 @@ def test_real_images_needed_but_absent(trajectory, tmp_path):
 
 
 def test_own_tensors_make_a_set():
-    chosen = CalibrationSet.from_tensors(torch.randn(4, 1, 8, 8), torch.tensor([9, 5, 9, 0]), class_labels=torch.arange(4))
+    chosen = CalibrationSet.from_tensors(
+        torch.randn(4, 1, 8, 8), torch.tensor([9, 5, 9, 0]), class_labels=torch.arange(4)
+    )
     assert chosen.step.tolist() == [0, 1, 0, 2] and set(chosen.rows([1])) == {"sample", "timestep", "class_labels"}
     with pytest.raises(UserError, match="N rows"):
         CalibrationSet.from_tensors(torch.randn(4, 1, 8, 8), torch.arange(3))
@@ -149,8 +155,8 @@ def test_own_tensors_make_a_set():
 def test_conditions_are_recorded_whatever_way_they_are_passed():
     unet = UNet2DConditionModel(
         sample_size=4, in_channels=2, out_channels=2, layers_per_block=1, block_out_channels=(8,), norm_num_groups=4,
-        down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",), cross_attention_dim=6, attention_head_dim=4,
-    )  # fmt: skip
+        down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",), cross_attention_dim=6,
+        attention_head_dim=4, )  # fmt: skip
     seen = {}
     unet.register_forward_hook(lambda m, a, k, o: seen.update(call_inputs(m, a, k)), with_kwargs=True)
     unet(torch.randn(2, 2, 4, 4), 7, encoder_hidden_states=torch.randn(2, 3, 6), return_dict=False)

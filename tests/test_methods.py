@@ -62,7 +62,9 @@ def test_weights_are_on_their_grid_and_layers_stay_plain(quantized):
             groups = 2 if plan[name].weight_groups > layer.weight.shape[0] else 1
             distinct = max(len(row.unique()) for row in layer.weight.flatten(1))
             assert distinct <= groups * 2 ** plan[name].weight, name
-    assert {name for name, m in pipe.unet.named_modules() if isinstance(m, LAYER_TYPES) and not matches(name, built.skip)} == set(plan)
+    assert {
+        name for name, m in pipe.unet.named_modules() if isinstance(m, LAYER_TYPES) and not matches(name, built.skip)
+    } == set(plan)
 
 
 def test_result_is_frozen_close_and_seeded(quantized):
@@ -168,7 +170,9 @@ def test_ptq4dm_zero_points_are_fixed_unless_official():
 
 def test_ptq4dm_operation_selection_reaches_the_scheduler_and_the_disk(tmp_path):
     pipe = set_sampler(pipeline(), ddim())
-    result = method("ptq4dm", "method.quantize_x=true", "method.quantize_mu=true")(pipe, calibration(), Bits(8, 8, 8, 8))
+    result = method("ptq4dm", "method.quantize_x=true", "method.quantize_mu=true")(
+        pipe, calibration(), Bits(8, 8, 8, 8)
+    )
     assert isinstance(result.scheduler, QuantizedDDIMScheduler) and result.scheduler.config.operations == ["mu", "x"]
     save_denoiser(result, tmp_path)
     loaded = load_denoiser(pipe, tmp_path)

@@ -35,7 +35,9 @@ def make_job(official_order=(), **changes) -> Job:
     teacher = pipeline().unet
     student = copy.deepcopy(teacher)
     layers = prepare(student, select(student, Bits(3, 4, 4, 8), [], {}), WEIGHT, {})
-    return Job(student, teacher, find_units(student, UNITS, layers), layers, calibration(), recon(**changes), official_order)
+    return Job(
+        student, teacher, find_units(student, UNITS, layers), layers, calibration(), recon(**changes), official_order
+    )
 
 
 def output_error(job: Job) -> float:
@@ -114,7 +116,15 @@ def test_resume_after_each_unit_gives_the_same_weights(tmp_path):
 
 
 def test_official_order_is_the_given_one_and_execution_order_is_measured():
-    patterns = ["time_embedding.*", "conv_in", "down_blocks.*", "mid_block.*", "up_blocks.1.*", "up_blocks.0.*", "conv_out"]
+    patterns = [
+        "time_embedding.*",
+        "conv_in",
+        "down_blocks.*",
+        "mid_block.*",
+        "up_blocks.1.*",
+        "up_blocks.0.*",
+        "conv_out",
+    ]
     official, execution = make_job(patterns, order="official").order(), make_job().order()
     assert sorted(official) == sorted(execution)
     first_up = [next(name for name in order if name.startswith("up_blocks")) for order in (official, execution)]
@@ -124,18 +134,20 @@ def test_official_order_is_the_given_one_and_execution_order_is_measured():
 
 
 def test_activation_phase_learns_steps_and_nothing_else():
-    job = make_job(iters_act=40)
+    job = make_job(iters_act=40, lr_act=0.01)
     quantize_inputs(job.layers, signed=False)
     quantize_attention(job.student, Bits(3, 4, 4, 8), signed=False, signed_softmax=False)
     with calibrating(job.student, ACT):
         job.student(**job.calib.rows(range(16)))
+    for scale in steps_of(job.student).values():
+        scale *= 1.6  # coarser than best: something to learn
     before = {name: scale.clone() for name, scale in steps_of(job.student).items()}
     baked, error = weights(job), unit_error(job, "up_blocks.1.resnets.1")
     reconstruct_activations(job)
     after = steps_of(job.student)
     assert before.keys() == after.keys() and len(after) == len(act_quantizers(job.student))
-    assert all((after[name] != before[name]).all() and after[name] > 0 for name in after)
-    assert unit_error(job, "up_blocks.1.resnets.1") < error
+    assert all(after[name] != before[name] and 0.5 <= after[name] / before[name] <= 2 for name in after)
+    assert unit_error(job, "up_blocks.1.resnets.1") < 0.9 * error
     assert all(torch.equal(weight, job.layers[name].layer.weight) for name, weight in baked.items())
     assert not any(parameter.requires_grad for parameter in job.student.parameters())
 
@@ -143,7 +155,9 @@ def test_activation_phase_learns_steps_and_nothing_else():
 def unit_error(job: Job, name: str) -> float:
     """The activation phase's loss of one unit over the calibration set."""
     with TemporaryDirectory() as folder, torch.no_grad():
-        call = Recorder(job.teacher, job.calib, Path(folder), False).inputs(name, Path(folder, "unit"), with_output=True)
+        call = Recorder(job.teacher, job.calib, Path(folder), False).inputs(
+            name, Path(folder, "unit"), with_output=True
+        )
         args, kwargs = call.batch(slice(None), torch.device("cpu"))
         wanted = call.rows.read("output", slice(None), torch.device("cpu"))
         return (job.student.get_submodule(name)(*args, **kwargs) - wanted).abs().pow(2.4).sum(1).mean().item()

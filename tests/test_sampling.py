@@ -15,8 +15,8 @@ from tests.tiny import ddim, pipeline
 
 SAMPLERS = [
     ddim(), ddim(eta=1.0), ddim(spacing="trailing"), ddim(spacing="quad", eta=0.5), ddim(scheduler="DDPMScheduler"),
-    ddim(scheduler="DPMSolverMultistepScheduler", spacing="linspace"), ddim(scheduler="PNDMScheduler", kwargs={"skip_prk_steps": True}),
-    ddim(scheduler="PNDMScheduler", steps=10),
+    ddim(scheduler="DPMSolverMultistepScheduler", spacing="linspace"), ddim(scheduler="PNDMScheduler",
+    kwargs={"skip_prk_steps": True}), ddim(scheduler="PNDMScheduler", steps=10),
 ]  # fmt: skip
 
 
@@ -40,7 +40,9 @@ def test_uint8_rounds():
 
 
 def test_quad_spacing_is_the_releases_and_steps_between_those_t():
-    scheduler = make_scheduler(dict(DDIMScheduler(num_train_timesteps=1000, clip_sample=False).config), ddim(100, spacing="quad"))
+    scheduler = make_scheduler(
+        dict(DDIMScheduler(num_train_timesteps=1000, clip_sample=False).config), ddim(100, spacing="quad")
+    )
     assert isinstance(scheduler, QuadDDIMScheduler)
     scheduler.set_timesteps(100)
     t = scheduler.timesteps.tolist()

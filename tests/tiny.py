@@ -15,9 +15,9 @@ def pipeline(seed: int = 0, sampler: Sampler | None = None, dropout: float = 0.0
     """Random weights, 8x8 one-channel samples, 100 training steps."""
     torch.manual_seed(seed)
     unet = UNet2DModel(
-        sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(16, 32), norm_num_groups=8,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=8, dropout=dropout,
+        sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(16, 32),
+        norm_num_groups=8, down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D",
+        "UpBlock2D"), attention_head_dim=8, dropout=dropout,
     )  # fmt: skip
     pipe = UnconditionalPipeline(unet.eval().requires_grad_(False), DDPMScheduler(num_train_timesteps=100))
     pipe.set_progress_bar_config(disable=True)
@@ -27,8 +27,8 @@ def pipeline(seed: int = 0, sampler: Sampler | None = None, dropout: float = 0.0
 def ddim(steps: int = 5, **changes: object) -> Sampler:
     """DDIM, eta 0."""
     values = {
-        "scheduler": "DDIMScheduler", "steps": steps, "eta": 0.0, "spacing": "leading", "guidance": 1.0, "num_samples": 8,
-        "batch_size": 4, "kwargs": {},
+        "scheduler": "DDIMScheduler", "steps": steps, "eta": 0.0, "spacing": "leading", "guidance": 1.0, "num_samples":
+        8, "batch_size": 4, "kwargs": {},
     }  # fmt: skip
     return Sampler(**values | changes)
 
@@ -43,8 +43,8 @@ def calibration(rows: int = 24, seed: int = 0) -> CalibrationSet:
 def recon(**changes: object) -> Recon:
     """Few iterations with a rate that shows."""
     values = {
-        "iters": 20, "iters_act": 10, "batch_size": 8, "lr": 0.03, "lr_act": 1e-3, "p": 2.0, "p_act": 2.4, "penalty": 0.01,
-        "warmup": 0.2, "beta": [20.0, 2.0], "asymmetric": True, "order": "execution", "dropout": False,
-        "split_penalty": "both", "act_init": "random", "act_init_samples": 16,
+        "iters": 20, "iters_act": 10, "batch_size": 8, "lr": 0.03, "lr_act": 1e-3, "p": 2.0, "p_act": 2.4, "penalty":
+        0.01, "warmup": 0.2, "beta": [20.0, 2.0], "asymmetric": True, "order": "execution", "dropout": False,
+        "split_penalty": "both", "bound_steps": True, "act_init": "random", "act_init_samples": 16,
     }  # fmt: skip
     return Recon(**values | changes)

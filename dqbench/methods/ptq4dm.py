@@ -1,7 +1,8 @@
 """PTQ4DM: Post-Training Quantization on Diffusion Models (Shang et al. 2022, arXiv:2211.15736).
 
-Calibration at normally distributed time steps (NDTC, Eq. 15; conf/calib/ndtc.yaml), its own 100-candidate symmetric range
-search, running activation ranges, no learning. Table 1's operation selection quantizes the sampler's mean, variance, sample.
+Calibration at normally distributed time steps (NDTC, Eq. 15; conf/calib/ndtc.yaml), its own 100-candidate symmetric
+range search, running activation ranges, no learning. Table 1's operation selection quantizes the sampler's mean,
+variance, sample.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class PTQ4DM:
 
     @torch.no_grad()
     def __call__(self, pipe: DiffusionPipeline, calib: CalibrationSet, bits: Bits) -> DiffusionPipeline:
-        """Weights by the symmetric search; activation ranges run along the calibration set, weights and activations on."""
+        """Weights by the symmetric search; activation ranges run along the calibration set, both being quantized."""
         quantized = clone(pipe)
         student = denoiser(quantized)
         plan = select(student, bits, self.skip, self.overrides, self.weight.granularity, self.weight.group_size)

@@ -1,7 +1,7 @@
 """Q-Diffusion: Quantizing Diffusion Models (Li et al. 2023, arXiv:2302.04304).
 
-Calibration inputs uniform over the sampler's steps (section 3.2), block reconstruction of the weights, shortcut-splitting
-quantization (section 3.3), then learned activation steps.
+Calibration inputs uniform over the sampler's steps (section 3.2), block reconstruction of the weights,
+shortcut-splitting quantization (section 3.3), then learned activation steps.
 """
 
 from __future__ import annotations
@@ -66,10 +66,14 @@ class QDiffusion:
 
     @torch.no_grad()
     def choose_act_ranges(self, student: nn.Module, calib: CalibrationSet) -> None:
-        """Initial ranges from recon.act_init_samples rows in one forward pass; then, if `running`, the whole set in order."""
+        """Initial ranges from recon.act_init_samples rows in one forward pass; if `running`, then the whole set."""
         count = min(self.recon.act_init_samples, len(calib))
         generator = named_generator("activation ranges", calib.seed)
-        rows = torch.randperm(len(calib), generator=generator)[:count] if self.recon.act_init == "random" else torch.arange(count)
+        rows = (
+            torch.randperm(len(calib), generator=generator)[:count]
+            if self.recon.act_init == "random"
+            else torch.arange(count)
+        )
         device = next(student.parameters()).device
         with calibrating(student, self.act, self.softmax):
             student(**calib.rows(rows.numpy(), device))

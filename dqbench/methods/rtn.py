@@ -1,4 +1,4 @@
-"""Round to nearest: the plain baseline. No learning; ranges are min-max, of the weights and of what calibration shows."""
+"""Round to nearest: the plain baseline. No learning; ranges are min-max, of weights and of what calibration shows."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ from dqbench.quant.quantizers import (
 
 @dataclass
 class QuantLayer:
-    """A quantized conv or linear: its full-precision weight, its grid (None: weight not quantized), its bits and split."""
+    """A quantized conv or linear: its full-precision weight, its grid (None: weight kept), its bits and split."""
 
     layer: nn.Module
     weight: Tensor
@@ -109,7 +109,7 @@ def _quantize_output(layer: nn.Module, args: tuple[Any, ...], output: Tensor) ->
 
 
 def quantize_attention(student: nn.Module, bits: Bits, signed: bool, signed_softmax: bool) -> None:
-    """Give every attention module quantizers for q, k, v at bits.attention and for the softmax output at bits.softmax."""
+    """Give attention modules quantizers for q, k, v at bits.attention and for softmax outputs at bits.softmax."""
     for attn in attention_layers(student).values():
         quantizers = {}
         for part in PARTS:
@@ -147,7 +147,9 @@ def _quantized_attention(student: nn.Module) -> list[nn.Module]:
 def installed(student: nn.Module, bits: Bits) -> tuple[Plan, Bits]:
     """What is really quantized in `student`: its layers, and `bits` without attention widths that nothing uses."""
     parts = {part for attn in _quantized_attention(student) for part in attn.processor.quantizers}
-    attention, softmax = (width if used else 32 for width, used in ((bits.attention, "q" in parts), (bits.softmax, "softmax" in parts)))
+    attention, softmax = (
+        width if used else 32 for width, used in ((bits.attention, "q" in parts), (bits.softmax, "softmax" in parts))
+    )
     return getattr(student, "plan", {}), replace(bits, attention=attention, softmax=softmax)
 
 
@@ -159,8 +161,8 @@ def freeze(student: nn.Module) -> nn.Module:
 def find_units(student: nn.Module, patterns: Sequence[str], layers: dict[str, QuantLayer]) -> dict[str, list[str]]:
     """Reconstruction units -> the quantized layers in them, in registration order.
 
-    A module that matches a pattern is a unit, the outermost match wins; a layer outside of any is a unit of its own. Units
-    without a quantized weight are left out.
+    A module that matches a pattern is a unit, the outermost match wins; a layer outside of any is a unit of its own.
+    Units without a quantized weight are left out.
     """
     units: dict[str, list[str]] = {}
     for name, _ in student.named_modules():
@@ -196,7 +198,7 @@ class _Concatenations(TorchFunctionMode):
 
 @torch.no_grad()
 def skip_splits(student: nn.Module, batch: dict[str, Tensor], patterns: Sequence[str]) -> dict[str, int]:
-    """Convs whose input is a skip concatenation -> channels of its first operand, seen in one forward pass of `batch`."""
+    """Convs whose input is a skip concatenation -> channels of its first operand, seen in one forward pass."""
     splits: dict[str, int] = {}
     handles = []
     with _Concatenations() as seen:

@@ -1,7 +1,7 @@
 """Inputs and outputs of reconstruction units over a calibration set, on disk, each unit computed once.
 
-In execution order the units before the current one are replayed: their forward returns the stored output, so that a pass
-up to unit k costs the glue between units (norms, concatenations), not the prefix of the network.
+In execution order the units before the current one are replayed: their forward returns the stored output, so that a
+pass up to unit k costs the glue between units (norms, concatenations), not the prefix of the network.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Rows:
 
 @dataclass
 class Call:
-    """How a unit was called: argument i or keyword k is `Stored` (its rows are in `rows` under that name) or a constant."""
+    """How a unit was called: every argument is `Stored` (its rows are in `rows` under that name) or a constant."""
 
     rows: Rows
     args: list[Any] = field(default_factory=list)
@@ -101,8 +101,8 @@ class Stored:
 class Recorder:
     """Runs one network over a calibration set and stores what its units receive and return.
 
-    `folder` holds the stored outputs of `replayed` units; with `replay` False nothing is kept and each pass runs the whole
-    prefix, as it must when units are not taken in execution order, or when the disk budget forbids.
+    `folder` holds the stored outputs of `replayed` units; with `replay` False nothing is kept and each pass runs the
+    whole prefix, as it must when units are not taken in execution order, or when the disk budget forbids.
     """
 
     def __init__(self, model: nn.Module, calib: CalibrationSet, folder: Path, replay: bool) -> None:
@@ -189,7 +189,7 @@ def _returning(outputs: Rows, name: str, rows: slice, device: torch.device) -> C
 
 @contextmanager
 def _watching(unit: nn.Module, with_output: bool, stop: bool = True) -> Iterator[dict[str, Any]]:
-    """Record one call of `unit` and stop the forward pass there: before it runs, or after where its output is wanted."""
+    """Record one call of `unit` and stop the forward pass there: before it runs, or after for its output."""
     seen: dict[str, Any] = {}
 
     def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

@@ -45,7 +45,9 @@ def install(model: nn.Module, description: dict[str, Any]) -> None:
     for name, item in description["activations"].items():
         attach_act_quantizer(model.get_submodule(name), from_spec(item["spec"]), item["site"])
     for name, parts in description["attention"].items():
-        model.get_submodule(name).set_processor(QuantAttnProcessor({part: from_spec(spec) for part, spec in parts.items()}))
+        model.get_submodule(name).set_processor(
+            QuantAttnProcessor({part: from_spec(spec) for part, spec in parts.items()})
+        )
     model.plan = {name: LayerBits(**bits) for name, bits in description["plan"].items()}
 
 
@@ -72,7 +74,11 @@ def scheduler_class(name: str, pipe: DiffusionPipeline) -> type:
 
     from dqbench import schedulers
 
-    return type(pipe.scheduler) if name == type(pipe.scheduler).__name__ else getattr(schedulers, name, None) or getattr(diffusers, name)
+    return (
+        type(pipe.scheduler)
+        if name == type(pipe.scheduler).__name__
+        else getattr(schedulers, name, None) or getattr(diffusers, name)
+    )
 
 
 def fill(model: nn.Module, description: Path, weights: Path) -> None:
@@ -82,7 +88,9 @@ def fill(model: nn.Module, description: Path, weights: Path) -> None:
     try:
         model.load_state_dict(load_file(weights))
     except (SafetensorError, RuntimeError, OSError) as error:
-        raise UserError(f"{weights} does not hold the quantized denoiser described beside it: {str(error)[:160]}") from error
+        raise UserError(
+            f"{weights} does not hold the quantized denoiser described beside it: {str(error)[:160]}"
+        ) from error
     freeze(model.to(device))
 
 
@@ -94,7 +102,7 @@ def save_pipeline(pipe: DiffusionPipeline, folder: Path) -> None:
 
 
 def load_pipeline(folder: Path | str, device: str = "cpu") -> DiffusionPipeline:
-    """The quantized pipeline that save_pipeline() wrote, with identical outputs. Raises UserError for another folder."""
+    """The quantized pipeline that save_pipeline() wrote, with identical outputs; UserError for another folder."""
     folder = Path(folder)
     if not (file := folder / DESCRIPTION).exists():
         raise UserError(f"{folder} holds no quantized pipeline: {DESCRIPTION} is missing")

@@ -33,9 +33,9 @@ class WeightRule:
 class ActRule:
     """How an activation's range is found. over: first | all | ema | ema_search: how calibration batches combine.
 
-    first: the first batch alone. all: extremes over all batches. ema: min and max of the batch, running average after the
-    first. ema_search: the searched range of each batch, running average (PTQ4DM). `through`: the observed layer passes
-    its input on unquantized while ranges are collected.
+    first: the first batch alone. all: extremes over all batches. ema: min and max of the batch, running average after
+    the first. ema_search: the searched range of each batch, running average (PTQ4DM). `through`: the observed layer
+    passes its input on unquantized while ranges are collected.
     """
 
     estimator: str
@@ -58,7 +58,7 @@ class Grid:
 
 
 def weight_grid(weight: Tensor, n_bits: int, rule: WeightRule, split: int = 0) -> Grid:
-    """Choose a weight's grid. weight: [O, I, ...]; split > 0: input channels [:split] and [split:] have their own scales."""
+    """A weight's grid. weight: [O, I, ...]; split > 0: input channels [:split] and [split:] have own scales."""
     flat = weight.detach().flatten(1)
     qmin, qmax = qrange(n_bits, rule.symmetric and rule.estimator != "ptq4dm")
     spans = list(column_spans(flat.shape[1], rule, split * (flat.shape[1] // weight.shape[1])))

@@ -1,4 +1,4 @@
-"""Block reconstruction: AdaRound weights unit by unit, then activation steps (BRECQ lineage, as Q-Diffusion uses it)."""
+"""Block reconstruction: AdaRound weights unit by unit, then activation steps (BRECQ, as Q-Diffusion uses it)."""
 
 from __future__ import annotations
 
@@ -126,13 +126,18 @@ def reconstruct_activations(job: Job) -> None:
 
 
 def learn_steps(job: Job, name: str, call: Call) -> None:
-    """The activation phase of one unit: Adam with cosine annealing to 0 on the scales; zero points stay."""
+    """The activation phase of one unit: Adam with cosine annealing to 0 on the scales; zero points stay.
+
+    The release's learning rate is absolute: small scales, as those of softmax outputs, can be driven through zero by a
+    few iterations. `bound_steps` keeps every scale between half and twice its initial value; the release has no bound.
+    """
     recon, unit = job.recon, job.student.get_submodule(name)
     if not recon.iters_act:
         return
     with learning_scales(act_quantizers(unit)) as scales, unit_mode(unit, recon, name, job.calib.seed):
         optimizer = torch.optim.Adam(scales, lr=recon.lr_act, fused=True)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recon.iters_act)
+        bounds = [(scale.detach() / 2, scale.detach() * 2) for scale in scales] if recon.bound_steps else []
         for args, kwargs, wanted in mini_batches(job, name, call, call, recon.iters_act):
             output = first_tensor(unit(*args, **kwargs))
             _, slope = reconstruction_loss(output, wanted, recon.p_act)
@@ -140,6 +145,8 @@ def learn_steps(job: Job, name: str, call: Call) -> None:
             output.backward(slope)
             optimizer.step()
             schedule.step()
+            for scale, (low, high) in zip(scales, bounds, strict=False):
+                scale.data.clamp_(low, high)
 
 
 @contextmanager
@@ -200,7 +207,7 @@ def unit_mode(unit: nn.Module, recon: Recon, name: str, seed: int) -> Iterator[N
 
 @contextmanager
 def recorders(job: Job, order: Sequence[str]) -> Iterator[tuple[Recorder, Recorder]]:
-    """(teacher, student) recorders on temporary files; outputs are kept for replay where order and disk budget allow."""
+    """(teacher, student) recorders on temporary files; outputs are kept for replay where order and disk allow."""
     where = scratch("activations-on-disk")
     with TemporaryDirectory(dir=where) as folder:
         bytes_needed = 2 * len(job.calib) * sum(trace_units(job.teacher, order, job.calib).values())

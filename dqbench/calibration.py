@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from dqbench.config import Calib, Sampler
 from dqbench.errors import UserError
 from dqbench.models import anatomy, denoiser
-from dqbench.sampling import generate
+from dqbench.sampling import generate, padded_length
 from dqbench.shards import Shards, create_array, fill, save_array
 
 Batch = dict[str, Tensor]
@@ -116,7 +116,9 @@ def record_chains(pipe: DiffusionPipeline, sampler: Sampler, seeds: Sequence[int
     with recording(pipe) as calls:
         generate(pipe, sampler, seeds, range(first, first + len(seeds)))
     recorded = {name: torch.stack([call[name] for call in calls], dim=1) for name in calls[0]}
-    return {name: rows.unflatten(0, (-1, len(seeds))).transpose(0, 1).numpy() for name, rows in recorded.items()}
+    rows = padded_length(len(seeds), sampler)
+    halves = {name: values.unflatten(0, (-1, rows))[:, : len(seeds)] for name, values in recorded.items()}
+    return {name: values.transpose(0, 1).numpy() for name, values in halves.items()}
 
 
 def calibration_seeds(rows: range, seed: int) -> list[int]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, UNet2DModel, VQModel
+from diffusers.models.upsampling import Upsample2D
 from diffusers.utils.logging import disable_progress_bar
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
@@ -112,7 +113,22 @@ def load(model: Model, device: str = "cpu") -> DiffusionPipeline:
     pipe.set_progress_bar_config(disable=True)
     attach_anatomy(pipe, model)
     denoiser(pipe).requires_grad_(False).eval()
+    fix_layout(denoiser(pipe))
     return pipe
+
+
+def fix_layout(network: nn.Module) -> None:
+    """Make upsampling see contiguous inputs at every batch size, not only from 64 on as diffusers does.
+
+    The next conv then runs the same kernel whatever the batch: rounding differences of 1e-6 would flip codes later.
+    """
+    for module in network.modules():
+        if isinstance(module, Upsample2D):
+            module.register_forward_pre_hook(_contiguous)
+
+
+def _contiguous(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (args[0].contiguous(), *args[1:])
 
 
 def missing_checkpoint(model: Model, path: str, error: Exception) -> str:

@@ -151,7 +151,7 @@ def test_search_is_no_worse_than_minmax_and_scales_with_its_input(seed: int, bit
         q = fake_quantize(x, scale[:, None], zero_point[:, None], 0, 2**bits - 1)
         return (q - x).abs().pow(2.4).mean(dim=1)
 
-    assert (score(scale, zero_point) <= score(*choose_qparams(x, bits, estimator="minmax")) * (1 + 1e-5)).all()
+    assert (score(scale, zero_point) <= score(*choose_qparams(x, bits, estimator="minmax")) * (1 + 1e-4)).all()
 
 
 def test_percentile_is_the_nearest_rank() -> None:

@@ -34,7 +34,7 @@ def make_row(run_id: str = "9ac1cb80d1f2", method: str = "qdiffusion", fd: float
         run_id,
         config={
             "model": {"name": "digits_ddpm"},
-            "method": {"_target_": f"dqbench.methods.{method}.Method"},
+            "method": {"_target_": f"dqbench.methods.{method}.Method", "name": method},
             "bits": {"weight": 4, "act": 8},
             "sampler": {"scheduler": "DDIMScheduler", "steps": 50},
         },

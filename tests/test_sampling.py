@@ -6,10 +6,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
+from omegaconf import OmegaConf
 
+from dqbench.calibration import CalibrationSet
+from dqbench.config import build, compose
 from dqbench.errors import UserError
+from dqbench.models import load
 from dqbench.quant.functional import fake_quantize
-from dqbench.sampling import generate, sample_seed, to_uint8
+from dqbench.sampling import generate, sample_seed, set_sampler, to_uint8
 from dqbench.schedulers import QuadDDIMScheduler, make_scheduler, quantize_operations
 from tests.tiny import ddim, pipeline
 
@@ -104,3 +108,19 @@ def test_quantized_operations(cls, eta):
     assert 0 < (every - exact).abs().max() < 0.1
     with pytest.raises(UserError, match="DDIM and DDPM"):
         quantize_operations(QuadDDIMScheduler(), ["x"], 1.0)
+
+
+def test_quantized_samples_are_bit_equal_for_every_batch_size():
+    """One flipped code grows along the trajectory, so closeness is not enough: batches must round alike."""
+    cfg = compose(["sampler.steps=6", "method=rtn", "bits=w4a8"])
+    sampler = OmegaConf.to_object(cfg.sampler)
+    pipe = set_sampler(load(OmegaConf.to_object(cfg.model)), sampler)
+    rows = torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    calib = CalibrationSet.from_tensors(rows, torch.arange(0, 960, 15))
+    quantized = build(cfg.method)(pipe, calib, OmegaConf.to_object(cfg.bits))
+    seeds = list(range(96))
+    for model in (pipe, quantized):
+        together = generate(model, sampler, seeds)
+        for size in (16, 64, 7):
+            parts = [generate(model, sampler, seeds[k : k + size]) for k in range(0, 96, size)]
+            assert np.array_equal(np.concatenate(parts), together), size

@@ -18,7 +18,7 @@ from diffusers import DiffusionPipeline
 from omegaconf import DictConfig, OmegaConf
 
 from dqbench import cost
-from dqbench.calibration import CalibrationSet, calibration_seeds, record_trajectory, replace_source, select
+from dqbench.calibration import CalibrationSet, calibration_seeds, record_trajectory, select
 from dqbench.config import THROUGHPUT, build, compose, identity, plain, run_id
 from dqbench.diagnostics import curve, mean_over_chains, noise_errors, save_grid
 from dqbench.launching.checks import check
@@ -33,6 +33,7 @@ from dqbench.quant.checkpoint import load_denoiser, save_denoiser
 from dqbench.results import Row, finished
 from dqbench.sampling import generate, sample_seed, set_sampler, to_uint8
 from dqbench.shards import Shards, fill
+from dqbench.sources import replace_source
 from dqbench.stages import Artifact, Store
 
 SMALL = 10_000_000  # parameters: below, threads wait for each other longer than they compute

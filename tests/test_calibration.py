@@ -17,7 +17,6 @@ from dqbench.calibration import (
     pick,
     record_chains,
     record_trajectory,
-    replace_source,
     select,
 )
 from dqbench.config import Calib
@@ -25,6 +24,7 @@ from dqbench.errors import UserError
 from dqbench.models import anatomy
 from dqbench.sampling import sample_seed
 from dqbench.shards import Shards
+from dqbench.sources import replace_source
 from tests.tiny import ddim, pipeline
 
 

@@ -20,13 +20,13 @@ from torch.overrides import TorchFunctionMode
 
 from dqbench.config import OFF, Bits
 from dqbench.progress import track
+from dqbench.quant.adaround import AdaRound
 from dqbench.quant.attention import PARTS, QuantAttnProcessor, attention_layers
 from dqbench.quant.functional import fake_quantize
 from dqbench.quant.plan import Plan
 from dqbench.quant.quantizers import (
     ActQuantizer,
     ActRule,
-    AdaRound,
     Grid,
     Observer,
     SplitQuantizer,

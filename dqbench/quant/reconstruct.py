@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from dqbench.calibration import CalibrationSet, named_generator, named_seed
 from dqbench.config import Recon
 from dqbench.progress import track
+from dqbench.quant.adaround import AdaRound
 from dqbench.quant.attach import QuantLayer, rounding
 from dqbench.quant.capture import Call, Recorder, disk_allows, first_tensor, trace_units
-from dqbench.quant.quantizers import ActQuantizer, AdaRound, act_quantizers
+from dqbench.quant.quantizers import ActQuantizer, act_quantizers
 from dqbench.stages import scratch
 
 log = logging.getLogger(__name__)

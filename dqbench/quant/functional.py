@@ -96,87 +96,11 @@ def adaround_init(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     return floor, -torch.log((ZETA - GAMMA) / (ratio - floor - GAMMA) - 1)
 
 
-def rectified_sigmoid(alpha: Tensor) -> Tensor:
-    """h(alpha) = clip(sigmoid(alpha) * (zeta - gamma) + gamma, 0, 1), AdaRound Eq. 23."""
-    return (torch.sigmoid(alpha) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
-
-
-def adaround_hard(floor: Tensor, alpha: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
-    """Rounded weights: scale * (clip(floor + [alpha >= 0] + z, qmin, qmax) - z). Shape: alpha's."""
-    rounded = floor + (alpha.detach() >= 0)
-    return _clip_(rounded, qmin - zero_point, qmax - zero_point).mul_(scale)
-
-
-def adaround(floor: Tensor, alpha: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
-    """Soft weights: scale * (clip(floor + h(alpha) + z, qmin, qmax) - z), differentiable in alpha. Shape: alpha's."""
-    return adaround_soft(alpha, *adaround_grid(floor, scale, zero_point, qmin, qmax))
-
-
 def adaround_grid(floor: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> tuple[Tensor, Tensor]:
-    """(base, step) with soft weights = base + step * h: what of `adaround` does not change while alpha is learned.
+    """(base, step) with soft weights = base + step * h(alpha): what does not change while alpha is learned.
 
     step is 0 where the clip leaves floor and floor + 1 the same code; such elements get no gradient.
     """
     low = floor.clamp(qmin - zero_point, qmax - zero_point)
     high = (floor + 1).clamp(qmin - zero_point, qmax - zero_point)
     return low * scale, (high - low) * scale
-
-
-def adaround_soft(alpha: Tensor, base: Tensor, step: Tensor) -> Tensor:
-    """Soft weights base + step * h(alpha). All of one shape; differentiable in alpha; base, step: `adaround_grid`."""
-    return _AdaRound.apply(alpha, base, step)
-
-
-def adaround_soft_penalty(alpha: Tensor, base: Tensor, step: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """`adaround_soft` and `adaround_penalty` in one evaluation of h: (soft weights, scalar penalty). beta > 1."""
-    return _AdaRoundPenalty.apply(alpha, base, step, beta)
-
-
-def adaround_penalty(alpha: Tensor, beta: float, mask: Tensor | None = None) -> Tensor:
-    """SUM over elements (times mask, broadcastable) of 1 - |2 h(alpha) - 1|^beta, AdaRound Eq. 24. Scalar."""
-    penalty = 1 - (2 * rectified_sigmoid(alpha) - 1).abs().pow(beta)
-    return (penalty if mask is None else penalty * mask).sum()
-
-
-def _stretch(alpha: Tensor) -> tuple[Tensor, Tensor]:
-    """h(alpha) and dh/dalpha, which is 0 where h is saturated."""
-    sigmoid = torch.sigmoid(alpha)
-    stretched = (sigmoid * (ZETA - GAMMA)).add_(GAMMA)
-    h = stretched.clamp(0, 1)
-    live = stretched.eq_(h)
-    return h, torch.addcmul(sigmoid, sigmoid, sigmoid, value=-1).mul_(live).mul_(ZETA - GAMMA)
-
-
-class _AdaRound(Function):
-    @staticmethod
-    def forward(ctx: Any, alpha: Tensor, base: Tensor, step: Tensor) -> Tensor:
-        h, slope = _stretch(alpha)
-        ctx.save_for_backward(slope.mul_(step))
-        return torch.addcmul(base, h, step)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (slope,) = ctx.saved_tensors
-        return grad * slope, None, None
-
-
-class _AdaRoundPenalty(Function):
-    @staticmethod
-    def forward(ctx: Any, alpha: Tensor, base: Tensor, step: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-        h, slope = _stretch(alpha)
-        weight = torch.addcmul(base, h, step)
-        centred = h.mul_(2).sub_(1)
-        power = (
-            centred.abs().log_().mul_(beta - 1).exp_()
-        )  # |2h - 1|^(beta - 1); exp(b log) takes a fifth of pow's time
-        power.copysign_(centred)
-        penalty = torch.addcmul(torch.ones_like(power), power, centred, value=-1).sum()
-        ctx.save_for_backward(slope * step, power.mul_(slope).mul_(-2 * beta))
-        return weight, penalty
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_weight: Tensor, grad_penalty: Tensor) -> tuple[Tensor | None, ...]:
-        weight_slope, penalty_slope = ctx.saved_tensors
-        return (grad_weight * weight_slope).addcmul_(penalty_slope, grad_penalty), None, None, None

@@ -15,7 +15,7 @@ from torch import nn
 
 from dqbench.config import Model
 from dqbench.errors import UserError
-from dqbench.models import anatomy, attach_anatomy, clone, denoiser, locate
+from dqbench.models import anatomy, attach_anatomy, clone, denoiser, fix_layout, locate
 from dqbench.quant.attach import attach_act_quantizer, freeze
 from dqbench.quant.attention import QuantAttnProcessor, attention_layers
 from dqbench.quant.plan import LayerBits
@@ -116,4 +116,5 @@ def load_pipeline(folder: Path | str, device: str = "cpu") -> DiffusionPipeline:
     pipe.to(torch.device(device))
     pipe.set_progress_bar_config(disable=True)
     attach_anatomy(pipe, model)
+    fix_layout(quantized)
     return pipe

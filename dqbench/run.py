@@ -34,7 +34,7 @@ from dqbench.results import Row, finished
 from dqbench.sampling import generate, sample_seed, set_sampler, to_uint8
 from dqbench.shards import Shards, fill
 from dqbench.sources import replace_source
-from dqbench.stages import Artifact, Store
+from dqbench.stages import Artifact, Store, sha256
 
 SMALL = 10_000_000  # parameters: below, threads wait for each other longer than they compute
 PROBE_CHAINS = 64  # scored seeds along whose full-precision trajectory the error of the predicted noise is measured
@@ -100,9 +100,8 @@ class Cell:
         """What every stage depends on: the checkpoint's content and how the sampler steps."""
         unhashed = (*THROUGHPUT["sampler"], "num_samples")
         sampler = {key: value for key, value in plain(self.cfg.sampler).items() if key not in unhashed}
-        family = {
-            key: plain(self.cfg.model)[key] for key in ("pipeline", "denoiser", "dtype", "prompts", "num_classes")
-        }
+        family = {key: plain(self.cfg.model)[key] for key in ("pipeline", "denoiser", "dtype", "num_classes")}
+        family["prompts"] = sha256(Path(self.model.prompts).expanduser()) if self.model.prompts else None
         return {"checkpoint": checkpoint_hash(self.model), "model": family, "sampler": sampler, "seed": self.seed}
 
     def trajectory(self, chains: int, purpose: str) -> Artifact:

@@ -215,9 +215,15 @@ def conditions(model: Model, indices: Sequence[int]) -> dict[str, list[Any]]:
     """What the pipeline is conditioned on for samples `indices`: class i mod num_classes, prompt i mod their number."""
     if model.num_classes:
         return {"class_labels": [i % model.num_classes for i in indices]}
-    if model.prompts:
-        if not (file := Path(model.prompts).expanduser()).exists():
-            raise UserError(f"model.prompts={model.prompts}: no such file; give a text file with one prompt per line")
-        prompts = file.read_text().splitlines()
-        return {"prompt": [prompts[i % len(prompts)] for i in indices]}
-    return {}
+    lines = read_prompts(model)
+    return {"prompt": [lines[i % len(lines)] for i in indices]} if lines else {}
+
+
+def read_prompts(model: Model) -> list[str]:
+    """The lines of model.prompts; none where it is not set. Raises UserError for a missing or empty file."""
+    if model.prompts is None:
+        return []
+    file = Path(model.prompts).expanduser()
+    if not file.is_file() or not (lines := file.read_text().splitlines()):
+        raise UserError(f"model.prompts={model.prompts}: missing or empty; give a text file with one prompt per line")
+    return lines

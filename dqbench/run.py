@@ -19,14 +19,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from dqbench import cost
 from dqbench.calibration import CalibrationSet, calibration_seeds, record_trajectory, select
-from dqbench.config import THROUGHPUT, build, compose, identity, plain, run_id
+from dqbench.config import THROUGHPUT, build, compose, digest, identity, plain, run_id
 from dqbench.diagnostics import curve, mean_over_chains, noise_errors, save_grid
 from dqbench.launching.checks import check
 from dqbench.launching.preflight import choose_device, preflight
 from dqbench.methods.fp32 import FP32
 from dqbench.metrics.guards import check_finite, check_samples
 from dqbench.metrics.paired import paired
-from dqbench.models import checkpoint_hash, denoiser, load
+from dqbench.models import checkpoint_hash, denoiser, load, read_prompts
 from dqbench.provenance import provenance
 from dqbench.quant.attach import installed
 from dqbench.quant.checkpoint import load_denoiser, save_denoiser
@@ -34,7 +34,7 @@ from dqbench.results import Row, finished
 from dqbench.sampling import generate, sample_seed, set_sampler, to_uint8
 from dqbench.shards import Shards, fill
 from dqbench.sources import replace_source
-from dqbench.stages import Artifact, Store, sha256
+from dqbench.stages import Artifact, Store
 
 SMALL = 10_000_000  # parameters: below, threads wait for each other longer than they compute
 PROBE_CHAINS = 64  # scored seeds along whose full-precision trajectory the error of the predicted noise is measured
@@ -101,7 +101,7 @@ class Cell:
         unhashed = (*THROUGHPUT["sampler"], "num_samples")
         sampler = {key: value for key, value in plain(self.cfg.sampler).items() if key not in unhashed}
         family = {key: plain(self.cfg.model)[key] for key in ("pipeline", "denoiser", "dtype", "num_classes")}
-        family["prompts"] = sha256(Path(self.model.prompts).expanduser()) if self.model.prompts else None
+        family["prompts"] = digest(read_prompts(self.model))
         return {"checkpoint": checkpoint_hash(self.model), "model": family, "sampler": sampler, "seed": self.seed}
 
     def trajectory(self, chains: int, purpose: str) -> Artifact:

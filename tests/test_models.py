@@ -1,0 +1,43 @@
+"""What conditions a sample, and where checkpoints come from."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from dqbench.errors import UserError
+from dqbench.models import anatomy, clone, conditions, denoiser, load, resolve
+from tests.tiny import pipeline
+
+
+def test_conditions_follow_the_sample_index(tmp_path):
+    family = anatomy(pipeline())
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\na dog\n")
+    assert conditions(family, [0, 1]) == {}
+    assert conditions(replace(family, num_classes=10), [9, 10]) == {"class_labels": [9, 0]}
+    assert conditions(replace(family, prompts=str(prompts)), [3, 0]) == {"prompt": ["a dog", "a cat"]}
+    for text in ("", None):
+        prompts.write_text(text) if text is not None else prompts.unlink()
+        with pytest.raises(UserError, match="one prompt per line"):
+            conditions(replace(family, prompts=str(prompts)), [0])
+
+
+def test_a_clone_shares_nothing_that_a_method_changes():
+    pipe = pipeline()
+    twin = clone(pipe)
+    twin.unet.conv_in.weight.data.zero_()
+    twin.scheduler.set_timesteps(3)
+    assert pipe.unet.conv_in.weight.abs().sum() > 0 and len(pipe.scheduler.timesteps) != 3
+    assert anatomy(twin) == anatomy(pipe)
+
+
+def test_own_folders_load_by_their_patterns(tmp_path):
+    pipe = pipeline()
+    pipe.save_pretrained(tmp_path)
+    family = replace(anatomy(pipe), path=str(tmp_path), pipeline="dqbench.models.UnconditionalPipeline")
+    loaded = load(family)
+    assert not denoiser(loaded).training and not any(p.requires_grad for p in denoiser(loaded).parameters())
+    with pytest.raises(UserError, match="shipped: digits_ddpm"):
+        resolve(replace(family, path="zoo:nothing"))

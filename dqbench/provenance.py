@@ -43,7 +43,7 @@ def provenance(device: str, dtype: str, checkpoint_hash: str, reference_hash: st
         "checkpoint_hash": checkpoint_hash,
         "reference_hash": reference_hash,
         "python": platform.python_version(),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "libraries": {name: version(name) for name in LIBRARIES},
     }
 

@@ -6,7 +6,7 @@ import json
 import resource
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
@@ -128,7 +128,8 @@ class Cell:
                 replace_source(self.pipe, self.calib, self.seed, folder)
 
         depends = {"trajectory": source.key, "calib": plain(self.cfg.calib), "data": self.model.data, "seed": self.seed}
-        return self.store.get("calibration", depends, produce)
+        artifact = self.store.get("calibration", depends, produce)
+        return replace(artifact, seconds=source.seconds + artifact.seconds)
 
     def quantize(self, calib: Artifact | None) -> Quantized:
         """The method's denoiser."""

@@ -27,8 +27,13 @@ def settings(row: Row) -> tuple[str, str, int]:
 def grouped(found: Sequence[Row]) -> dict[tuple[str, str, int], list[Row]]:
     """Rows by settings, each group in reading order: full precision first, then from many bits to few."""
     groups: dict[tuple[str, str, int], list[Row]] = {}
+    full = set()  # full precision has no bits: one row of a seed stands for all
     for row in sorted(found, key=lambda row: (settings(row), position(row, label(row)))):
-        groups.setdefault(settings(row), []).append(row)
+        key = (settings(row), row.config["seed"])
+        if label(row)["method"] != "fp32" or key not in full:
+            groups.setdefault(settings(row), []).append(row)
+        if label(row)["method"] == "fp32":
+            full.add(key)
     return groups
 
 

@@ -179,6 +179,8 @@ def plan_of(denoiser: nn.Module, cfg: DictConfig) -> tuple[Plan, Bits]:
         plan = split(plan, cfg.model.shortcuts)
     if not method.get("attention", True):
         bits = replace(bits, attention=32, softmax=32)
+    if method.get("act_site", "input") == "output" or "act" not in method:  # nothing rounds what the matmuls read
+        plan = {name: replace(own, act=32) for name, own in plan.items()}
     return plan, bits
 
 

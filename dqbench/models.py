@@ -123,7 +123,7 @@ def fix_layout(network: nn.Module) -> None:
     The next conv then runs the same kernel whatever the batch: rounding differences of 1e-6 would flip codes later.
     """
     for module in network.modules():
-        if isinstance(module, Upsample2D):
+        if isinstance(module, Upsample2D) and _contiguous not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(_contiguous)
 
 
@@ -185,6 +185,7 @@ def clone(pipe: DiffusionPipeline) -> DiffusionPipeline:
     twin = copy.copy(pipe)
     name = anatomy(pipe).denoiser
     setattr(twin, name, copy.deepcopy(getattr(pipe, name)))
+    fix_layout(getattr(twin, name))
     twin.scheduler = copy.deepcopy(pipe.scheduler)
     return twin
 

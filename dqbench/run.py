@@ -100,7 +100,9 @@ class Cell:
         """What every stage depends on: the checkpoint's content and how the sampler steps."""
         unhashed = (*THROUGHPUT["sampler"], "num_samples")
         sampler = {key: value for key, value in plain(self.cfg.sampler).items() if key not in unhashed}
-        family = {key: plain(self.cfg.model)[key] for key in ("pipeline", "denoiser", "dtype", "num_classes")}
+        family = {
+            key: plain(self.cfg.model)[key] for key in ("version", "pipeline", "denoiser", "dtype", "num_classes")
+        }
         family["prompts"] = digest(read_prompts(self.model))
         return {"checkpoint": checkpoint_hash(self.model), "model": family, "sampler": sampler, "seed": self.seed}
 

@@ -16,6 +16,7 @@ from diffusers import DiffusionPipeline
 
 from dqbench.calibration import CalibrationSet
 from dqbench.config import Bits
+from dqbench.errors import check_choice
 from dqbench.models import clone, denoiser
 from dqbench.quant.attach import calibrating, freeze, prepare, quantize_attention, quantize_inputs
 from dqbench.quant.plan import matches, select
@@ -39,6 +40,9 @@ class PTQ4DM:
     quantize_mu: bool  # 8-bit mean of the sampler's step
     quantize_sigma: bool  # 8-bit standard deviation of the sampler's step
     quantize_x: bool  # 8-bit x_{t-1}
+
+    def __post_init__(self) -> None:
+        check_choice("method.act_site", self.act_site, ("input", "output"))
 
     @torch.no_grad()
     def __call__(self, pipe: DiffusionPipeline, calib: CalibrationSet, bits: Bits) -> DiffusionPipeline:

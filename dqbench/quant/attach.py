@@ -23,7 +23,7 @@ from dqbench.progress import track
 from dqbench.quant.adaround import AdaRound
 from dqbench.quant.attention import PARTS, QuantAttnProcessor, attention_layers
 from dqbench.quant.functional import fake_quantize
-from dqbench.quant.plan import Plan
+from dqbench.quant.plan import LayerBits, Plan
 from dqbench.quant.quantizers import (
     ActQuantizer,
     ActRule,
@@ -150,7 +150,14 @@ def installed(student: nn.Module, bits: Bits) -> tuple[Plan, Bits]:
     attention, softmax = (
         width if used else 32 for width, used in ((bits.attention, "q" in parts), (bits.softmax, "softmax" in parts))
     )
-    return getattr(student, "plan", {}), replace(bits, attention=attention, softmax=softmax)
+    plan = {name: as_attached(student.get_submodule(name), own) for name, own in getattr(student, "plan", {}).items()}
+    return plan, replace(bits, attention=attention, softmax=softmax)
+
+
+def as_attached(layer: nn.Module, bits: LayerBits) -> LayerBits:
+    """`bits` with 32-bit activations where nothing quantizes the layer's input (an output quantizer does not)."""
+    quantized = hasattr(layer, "act_quantizer") and layer.act_site == "input"
+    return bits if quantized else replace(bits, act=32)
 
 
 def freeze(student: nn.Module) -> nn.Module:

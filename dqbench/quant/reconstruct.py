@@ -7,10 +7,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import takewhile
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -53,7 +55,7 @@ def reconstruct_weights(job: Job) -> None:
     """Learn the rounding of all units' weights. Resumes after the last unit that a killed run finished."""
     order = [name for name in job.order() if any(job.layers[key].grid is not None for key in job.units[name])]
     checkpoints = Checkpoints("weights")
-    done = [name for name in order if checkpoints.load(name, weights_of(job, name))]
+    done = list(takewhile(lambda name: checkpoints.load(name, weights_of(job, name)), order))
     with recorders(job, order) as (teacher, student):
         teacher.remember_all(done)
         student.remember_all(done)
@@ -115,7 +117,7 @@ def reconstruct_activations(job: Job) -> None:
     """Learn the activation steps of all units: full-precision inputs -> full-precision outputs, weights fixed."""
     order = [name for name in job.order() if act_quantizers(job.student.get_submodule(name))]
     checkpoints = Checkpoints("activations")
-    done = [name for name in order if checkpoints.load(name, steps_of(job.student.get_submodule(name)))]
+    done = list(takewhile(lambda name: checkpoints.load(name, steps_of(job.student.get_submodule(name))), order))
     with recorders(job, order) as (teacher, _):
         teacher.remember_all(done)
         for name in track(order[len(done) :], "reconstruct activations", len(order), len(done)):
@@ -230,7 +232,11 @@ class Checkpoints:
         """Copy a finished unit's tensors in place; False where the unit is not finished."""
         if self.folder is None or not (file := self.folder / f"{unit}.safetensors").exists():
             return False
-        stored = load_file(file)
+        try:
+            stored = load_file(file)
+        except SafetensorError as error:
+            log.warning("checkpoint %s is damaged (%s): learning this unit again", file, error)
+            return False
         with torch.no_grad():
             for name, tensor in tensors.items():
                 tensor.copy_(stored[name])

@@ -34,7 +34,7 @@ from dqbench.results import Row, finished
 from dqbench.sampling import generate, sample_seed, set_sampler, to_uint8
 from dqbench.shards import Shards, fill
 from dqbench.sources import replace_source
-from dqbench.stages import Artifact, Store
+from dqbench.stages import Artifact, Store, checksums
 
 SMALL = 10_000_000  # parameters: below, threads wait for each other longer than they compute
 PROBE_CHAINS = 64  # scored seeds along whose full-precision trajectory the error of the predicted noise is measured
@@ -129,7 +129,7 @@ class Cell:
             if self.calib.source != "trajectory":
                 replace_source(self.pipe, self.calib, self.seed, folder)
 
-        depends = {"trajectory": source.key, "calib": plain(self.cfg.calib), "data": self.model.data, "seed": self.seed}
+        depends = {"trajectory": source.key, "calib": plain(self.cfg.calib), "data": self.data_hash, "seed": self.seed}
         artifact = self.store.get("calibration", depends, produce)
         return replace(artifact, seconds=source.seconds + artifact.seconds)
 
@@ -178,8 +178,17 @@ class Cell:
             scores = self.metrics.score(images, self.model.data, self.references)
             write_json(folder / "metrics.json", {name: metric.to_dict() for name, metric in scores.items()})
 
-        depends = {"samples": samples.key, "metrics": plain(self.cfg.metrics), "data": self.model.data}
+        reference = self.metrics.reference_hash(self.model.data, self.references)
+        depends = {"samples": samples.key, "metrics": plain(self.cfg.metrics), "reference": reference}
         return self.store.get("scores", depends, produce)
+
+    @cached_property
+    def data_hash(self) -> str | None:
+        """What the calibration set depends on beside the trajectory: the real images, where it is made of them."""
+        if self.calib.source not in ("image", "train_mimic") or self.model.data is None:
+            return None
+        folder = Path(self.model.data).expanduser()
+        return digest(checksums(folder)) if folder.is_dir() else self.model.data
 
     @property
     def references(self) -> Path:

@@ -260,7 +260,7 @@ def test_plan_of_a_configured_method() -> None:
         cfg = {
             "bits": node,
             "model": {"shortcuts": ["conv"]},
-            "method": {"_target_": "dqbench.methods.rtn.RTN"} | method,
+            "method": {"_target_": "dqbench.methods.rtn.RTN", "act": {}} | method,
         }
         return cost_module.plan_of(Toy(), OmegaConf.create(cfg))
 
@@ -268,6 +268,7 @@ def test_plan_of_a_configured_method() -> None:
     assert plan == {"conv": LayerBits(weight=4, act=8, weight_groups=2, act_groups=2)}
     assert (bits.attention, bits.softmax) == (32, 32)
     assert planned()[0] == select(Toy(), W4A8, [], {}) and planned()[1] == W4A8
+    assert planned(act_site="output")[0]["conv"].act == 32  # what the matmul reads is not rounded
     assert planned(_target_=cost_module.FULL_PRECISION) == ({}, FP32)
 
 

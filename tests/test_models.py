@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 
 from dqbench.errors import UserError
+from dqbench.launching.preflight import check_call
 from dqbench.models import anatomy, clone, conditions, denoiser, load, resolve
-from tests.tiny import pipeline
+from tests.tiny import ddim, pipeline
 
 
 def test_conditions_follow_the_sample_index(tmp_path):
@@ -41,3 +42,11 @@ def test_own_folders_load_by_their_patterns(tmp_path):
     assert not denoiser(loaded).training and not any(p.requires_grad for p in denoiser(loaded).parameters())
     with pytest.raises(UserError, match="shipped: digits_ddpm"):
         resolve(replace(family, path="zoo:nothing"))
+
+
+def test_settings_that_a_pipeline_would_drop_are_refused():
+    family = replace(anatomy(pipeline()), pipeline="dqbench.models.UnconditionalPipeline")
+    check_call(family, ddim(eta=0.5))
+    for model, sampler in ((family, ddim(guidance=7.5)), (replace(family, num_classes=10), ddim())):
+        with pytest.raises(UserError, match="has no effect"):
+            check_call(model, sampler)

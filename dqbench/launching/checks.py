@@ -57,10 +57,8 @@ def check_ranges(cfg: DictConfig) -> None:
     calib, recon, sampler = cfg.calib, cfg.recon, cfg.sampler
     uniform = calib.policy == "uniform"
     if uniform and calib.samples // calib.steps > calib.chains:
-        raise UserError(
-            f"calib.samples={calib.samples} over calib.steps={calib.steps} needs {calib.samples // calib.steps} chains, "
-            f"calib.chains={calib.chains}; allowed: at most chains x steps samples"
-        )
+        given = f"calib.samples={calib.samples} is more than calib.steps={calib.steps} x calib.chains={calib.chains}"
+        raise UserError(f"{given}; allowed: at most their product")
     check_range("sampler", sampler, {"steps": (1, None), "eta": (0, 1), "num_samples": (2, None)})
     check_range("sampler", sampler, {"batch_size": (1, None)})
     check_range("calib", calib, {"chains": (1, None), "samples": (1, None), "mean": (None, None), "std": (0, None)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from pathlib import Path
@@ -18,9 +19,30 @@ def preflight(model: Model, sampler: Sampler, device: str) -> None:
     from dqbench.models import snapshot
 
     choose_device(device)
+    check_call(model, sampler)
     folder = Path(snapshot(model))
     check_scheduler(folder, model, sampler)
     check_weights(folder, model)
+
+
+def check_call(model: Model, sampler: Sampler) -> None:
+    """Raise UserError for settings that the pipeline class would not take: they would be dropped without a word."""
+    from dqbench.models import locate
+
+    cls = locate(model.pipeline)
+    accepted = inspect.signature(cls.__call__).parameters
+    if "generator" not in accepted:  # a base class that loads whatever the folder names
+        return
+    for key, given, argument in (
+        (f"sampler.guidance={sampler.guidance}", sampler.guidance != 1, "guidance_scale"),
+        (f"sampler.eta={sampler.eta}", sampler.eta > 0, "eta"),
+        (f"model.num_classes={model.num_classes}", model.num_classes is not None, "class_labels"),
+        (f"model.prompts={model.prompts}", model.prompts is not None, "prompt"),
+    ):
+        if given and argument not in accepted:
+            raise UserError(
+                f"{key} has no effect on {model.pipeline}, which takes no {argument}; leave it at its default"
+            )
 
 
 def choose_device(wanted: str) -> str:

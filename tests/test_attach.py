@@ -149,3 +149,12 @@ def test_rounding_ends_hard_on_the_grid_even_after_an_error(student):
     assert set(student.state_dict()) == set(keys) and type(item.layer) is nn.Conv2d
     codes = item.layer.weight / item.grid.scale + item.grid.zero_point
     assert torch.allclose(codes, codes.round(), atol=1e-4) and codes.min() >= -1e-4 and codes.max() <= 15 + 1e-4
+
+
+def test_the_bill_counts_only_quantizers_that_are_attached(student):
+    layers = prepare(student, select(student, BITS, [], {}), WEIGHT, {})
+    assert {bits.act for bits in installed(student, BITS)[0].values()} == {32}
+    quantize_inputs({"conv_in": layers["conv_in"]}, signed=False)
+    quantize_inputs({"conv_out": layers["conv_out"]}, signed=False, site="output")
+    plan = installed(student, BITS)[0]
+    assert plan["conv_in"].act == 8 and plan["conv_out"].act == 32

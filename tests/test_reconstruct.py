@@ -201,3 +201,16 @@ def test_nothing_is_left_on_disk(tmp_path):
     with resuming(part):
         reconstruct_weights(make_job(iters=1))
     assert not list(part.rglob("*.npy"))
+
+
+def test_a_missing_or_damaged_checkpoint_ends_the_resumed_prefix(tmp_path):
+    part = tmp_path / "part"
+    part.mkdir()
+    with resuming(part):
+        whole = make_job()
+        reconstruct_weights(whole)
+        (part / "scratch" / "weights" / "conv_in.safetensors").write_bytes(b"damaged")
+        resumed = make_job()
+        reconstruct_weights(resumed)
+    for name, weight in weights(whole).items():
+        assert torch.equal(weight, resumed.layers[name].layer.weight), name

@@ -10,7 +10,7 @@ import hashlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from dqbench.config import Calib, Sampler
 from dqbench.errors import UserError
 from dqbench.models import denoiser
-from dqbench.sampling import generate, padded_length
-from dqbench.shards import Shards, create_array, fill, save_array
+from dqbench.sampling import generate, padded_length, wrapped_step
+from dqbench.shards import Shards, arrays, create_array, fill, save_array
 
 Batch = dict[str, Tensor]
+SAMPLES = ("sample", "hidden_states")  # what denoisers call the tensor that is denoised
 
 
 def named_generator(name: str, seed: int) -> torch.Generator:
@@ -40,32 +41,41 @@ def named_seed(name: str, seed: int) -> int:
 
 @dataclass
 class CalibrationSet:
-    """N denoiser inputs: argument names -> arrays or memory maps [N, ...]; `step` [N] is their position."""
+    """N denoiser inputs: argument names -> arrays or memory maps [N, ...]; `step` [N] is their position.
+
+    batch_size: rows that pass the network at once while ranges are collected. dtype: of floating-point inputs as the
+    network takes them; None: as they are stored.
+    """
 
     inputs: dict[str, Any]
     step: np.ndarray
     seed: int = 0
+    batch_size: int = 64
+    dtype: torch.dtype | None = None
 
     @classmethod
-    def from_tensors(cls, sample: Tensor, timestep: Tensor, **conditions: Tensor) -> CalibrationSet:
+    def from_tensors(
+        cls, sample: Tensor, timestep: Tensor, *, argument: str = "sample", **conditions: Tensor
+    ) -> CalibrationSet:
         """A set of a user's own recorded inputs: sample [N, ...], timestep [N], conditions [N, ...].
 
-        Raises UserError where their lengths differ.
+        `argument`: the denoiser's name for its sample, "hidden_states" for transformers. Raises UserError where their
+        lengths differ.
         """
-        inputs = {"sample": sample, "timestep": timestep, **conditions}
+        inputs = {argument: sample, "timestep": timestep, **conditions}
         lengths = {name: len(value) for name, value in inputs.items()}
         if len(set(lengths.values())) != 1:
             raise UserError(f"calibration tensors differ in their number of rows: {lengths}; all must have N rows")
         order = {int(t): k for k, t in enumerate(sorted({int(t) for t in timestep}, reverse=True))}
         step = np.array([order[int(t)] for t in timestep])
-        return cls({name: value.detach().cpu().numpy() for name, value in inputs.items()}, step)
+        return cls({name: to_numpy(value) for name, value in inputs.items()}, step, dtype=sample.dtype)
 
     @classmethod
-    def open(cls, folder: Path, seed: int) -> CalibrationSet:
+    def open(cls, folder: Path, seed: int, batch_size: int = 64, dtype: torch.dtype | None = None) -> CalibrationSet:
         """The set stored in `folder` as one .npy per input, memory-mapped."""
         arrays = {path.stem: np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))}
         step = np.asarray(arrays.pop("step"))
-        return cls(arrays, step, seed)
+        return cls(arrays, step, seed, batch_size, dtype)
 
     def save(self, folder: Path) -> None:
         """Write the set so that open() finds it."""
@@ -77,12 +87,46 @@ class CalibrationSet:
 
     def rows(self, indices: Sequence[int] | np.ndarray, device: torch.device | str = "cpu") -> Batch:
         """The denoiser's keyword arguments for chosen rows, on `device`."""
-        return {name: torch.from_numpy(np.array(values[indices])).to(device) for name, values in self.inputs.items()}
+        chosen = {name: torch.from_numpy(np.array(values[indices])) for name, values in self.inputs.items()}
+        return {
+            name: rows.to(device, self.dtype if rows.is_floating_point() else None) for name, rows in chosen.items()
+        }
 
-    def batches(self, batch_size: int, device: torch.device | str = "cpu") -> Iterator[Batch]:
-        """All rows in order, on `device`."""
-        for first in range(0, len(self), batch_size):
-            yield self.rows(np.arange(first, min(first + batch_size, len(self))), device)
+    def batches(self, device: torch.device | str = "cpu", batch_size: int | None = None) -> Iterator[Batch]:
+        """All rows in order, on `device`, `batch_size` (default: the set's own) at a time."""
+        size = batch_size or self.batch_size
+        for first in range(0, len(self), size):
+            yield self.rows(np.arange(first, min(first + size, len(self))), device)
+
+    def where(self, keep: np.ndarray) -> CalibrationSet:
+        """The rows where `keep` [N] is true, in order; inputs that are memory-mapped are read only when asked for."""
+        index = np.flatnonzero(keep)
+        return replace(
+            self, inputs={name: Chosen(values, index) for name, values in self.inputs.items()}, step=self.step[index]
+        )
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Some rows of an array, read when they are indexed."""
+
+    array: Any
+    index: np.ndarray
+
+    def __getitem__(self, rows: Any) -> np.ndarray:
+        return self.array[self.index[rows]]
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self.array[self.index], dtype)
+
+
+def to_numpy(values: Tensor) -> np.ndarray:
+    """A tensor as an array; bfloat16, which numpy has not, as float32."""
+    values = values.detach().cpu()
+    return (values.float() if values.dtype == torch.bfloat16 else values).numpy()
 
 
 @contextmanager
@@ -105,20 +149,39 @@ def call_inputs(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Batch
     """The tensor arguments of one denoiser call by name, timestep broadcast to [B]."""
     arguments = inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments
     timestep = torch.as_tensor(arguments["timestep"]).reshape(-1)
-    batch_size = len(arguments.get("sample", arguments.get("hidden_states")))
+    batch_size = len(next(arguments[name] for name in SAMPLES if name in arguments))
     tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor) and value is not module}
     tensors["timestep"] = timestep.expand(batch_size)
     return {name: value.detach().cpu().clone() for name, value in tensors.items()}
 
 
 def record_chains(pipe: DiffusionPipeline, sampler: Sampler, seeds: Sequence[int], first: int) -> dict[str, np.ndarray]:
-    """One sampling pass of n chains -> {argument: [n, G, S, ...]}: S calls, G = 2 rows under guidance, else 1."""
-    with recording(pipe) as calls:
+    """One sampling pass of n chains -> {argument: [n, G, S, ...]}: S calls, G = 2 rows under guidance, else 1.
+
+    Beside the denoiser's arguments: "output", what it returned, and "final" [n, ...], what the last step left.
+    """
+    latest: list[Tensor] = []
+
+    def remembering(step: Callable) -> Callable:
+        def remember(*args: Any, **kwargs: Any) -> Any:
+            result = step(*args, **kwargs)
+            latest[:] = [(result[0] if isinstance(result, tuple) else result.prev_sample).detach()]
+            return result
+
+        return remember
+
+    with recording(pipe) as calls, wrapped_step(pipe.scheduler, remembering):
         generate(pipe, sampler, seeds, range(first, first + len(seeds)))
     recorded = {name: torch.stack([call[name] for call in calls], dim=1) for name in calls[0]}
     rows = padded_length(len(seeds), sampler)
     halves = {name: values.unflatten(0, (-1, rows))[:, : len(seeds)] for name, values in recorded.items()}
-    return {name: values.transpose(0, 1).numpy() for name, values in halves.items()}
+    found = {name: to_numpy(values.transpose(0, 1)) for name, values in halves.items()}
+    return {**found, "final": to_numpy(latest[0][: len(seeds)])}
+
+
+def recorded_inputs(folder: Path) -> dict[str, Shards]:
+    """The denoiser's arguments in a recorded trajectory, each [chains, G, S, ...]."""
+    return {name: array for name, array in arrays(folder).items() if name not in ("output", "final")}
 
 
 def calibration_seeds(rows: range, seed: int) -> list[int]:
@@ -142,33 +205,52 @@ def pick(calib: Calib, steps: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
     uniform: steps range(0, S, S // calib.steps), as many chains of each as fit `samples` (Q-Diffusion's release).
     normal: t = trunc(S x Normal(mean, std)) clamped to [0, S-1], one draw per sample (PTQ4DM Eq. 15); t counts from the
-    clean end, or with `official` from the noisy end, as the loop counter of the release does.
+    clean end, or with `official` from the noisy end, as the loop counter of the release does. With as many chains as
+    samples every draw has a chain of its own, as in the release; with fewer, chains take turns step by step.
     fixed: one step, S // 2 unless given.
     """
     if calib.policy == "uniform":
-        kept = np.arange(0, steps, steps // calib.steps)[: calib.steps]
+        kept = np.arange(0, steps, steps // (calib.steps or steps))
         per_step = max(1, calib.samples // len(kept))
         return np.tile(np.arange(per_step) % calib.chains, len(kept)), np.repeat(kept, per_step)
-    chain = np.arange(calib.samples) % calib.chains
     if calib.policy == "fixed":
-        return chain, np.full(calib.samples, steps // 2 if calib.step is None else calib.step)
+        return np.arange(calib.samples) % calib.chains, np.full(calib.samples, middle(calib, steps))
     draws = torch.normal(calib.mean, calib.std, (calib.samples,), generator=named_generator("ndtc", seed))
     t = (steps * draws).trunc().clamp(0, steps - 1).long().numpy()
-    return chain, t if calib.official else steps - 1 - t
+    step = t if calib.official else steps - 1 - t
+    if calib.chains >= calib.samples:
+        return np.arange(calib.samples), step
+    return turns(step) % calib.chains, step
+
+
+def middle(calib: Calib, steps: int) -> int:
+    """The one step of the fixed policy."""
+    return steps // 2 if calib.step is None else calib.step
+
+
+def turns(values: np.ndarray) -> np.ndarray:
+    """For each element [N], how many equal ones stand before it."""
+    order = np.argsort(values, kind="stable")
+    ranks = np.empty_like(order)
+    ranks[order] = np.arange(len(values)) - np.searchsorted(values[order], values[order])
+    return ranks
 
 
 def select(source: Path, calib: Calib, seed: int, target: Path) -> None:
-    """Write the policy's rows of the trajectory `source` to `target` as a CalibrationSet, guidance halves in turn."""
-    for name in sorted({path.name.split(".")[0] for path in source.glob("*.npy")} - {"output"}):
-        array = Shards(source, name)
+    """Write the policy's rows of the trajectory `source` to `target` as a CalibrationSet, guidance halves in turn.
+
+    The release of PTQ4DM takes the chain's sample after step k and feeds the network the counter k as its time input.
+    """
+    counted = calib.official and calib.policy == "normal"
+    for name, array in recorded_inputs(source).items():
         halves, steps, *shape = array.shape[1:]
         chain, step = pick(calib, steps, seed)
         count = len(chain)
         rows = create_array(target / f"{name}.npy", array.dtype, (halves * count, *shape))
         for i, (c, s) in enumerate(zip(chain, step, strict=True)):
-            rows[i::count] = array[c][:, s]
+            after = counted and name in SAMPLES
+            rows[i::count] = Shards(source, "final")[c] if after and s == steps - 1 else array[c][:, s + after]
+        if counted and name == "timestep":
+            rows[:] = np.tile(step, halves)
         rows.flush()
     save_array(target / "step.npy", np.tile(step, halves))
-    if calib.official and calib.policy == "normal":  # the release feeds the network the loop counter as its time input
-        timestep = np.load(target / "timestep.npy", mmap_mode="r+")
-        timestep[:] = np.tile(step, halves)

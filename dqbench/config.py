@@ -20,8 +20,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dqbench.errors import UserError
 
-NOT_HASHED = ("hydra", "tracking", "paths", "runtime", "table", "debug")
-THROUGHPUT = {"sampler": ("batch_size",)}  # changes how fast a result comes, not the result
+NOT_HASHED = ("hydra", "tracking", "paths", "runtime", "table", "debug", "base")  # base: its content is method.base
+THROUGHPUT = {"sampler": ("batch_size",), "metrics": ("batch_size",)}  # how fast a result comes, not the result
 OFF = (16, 32)  # bit-widths that mean "not quantized"
 
 
@@ -86,8 +86,9 @@ class Calib:
     source: str
     policy: str
     chains: int  # full-precision sampling chains recorded
-    steps: int  # uniform: how many sampler steps are kept
+    steps: int | None  # uniform: how many sampler steps are kept; None: all of them
     samples: int  # size of the set; uniform: samples / steps per kept step
+    batch_size: int  # rows that pass the network at once while ranges are collected; running ranges depend on it
     mean: float  # normal: in units of the number of steps, from the clean end
     std: float
     step: int | None  # fixed: position in the sampler's steps
@@ -128,6 +129,7 @@ class Config:
     """The root node. method, metrics and tracking are open: build() checks them against their `_target_`."""
 
     model: Model = MISSING
+    base: Any = None  # what a method that builds on another one starts from; None for all others
     method: Any = MISSING
     bits: Bits = MISSING
     recon: Recon = MISSING
@@ -158,10 +160,15 @@ def data_root() -> Path:
 
 
 def identity(cfg: DictConfig) -> dict[str, Any]:
-    """What a run's numbers depend on: the resolved config without NOT_HASHED and THROUGHPUT."""
+    """What a run's numbers depend on: the resolved config without NOT_HASHED and THROUGHPUT.
+
+    Of a file with weights of a metric only the name counts, not the folder it lies in.
+    """
     content = {key: plain(cfg._get_node(key)) for key in cfg if key not in NOT_HASHED}
     for group, keys in THROUGHPUT.items():
         content[group] = {key: value for key, value in content[group].items() if key not in keys}
+    if weights := content["metrics"].get("weights"):
+        content["metrics"]["weights"] = Path(weights).name
     return content
 
 
@@ -184,7 +191,10 @@ def run_id(cfg: DictConfig) -> str:
 
 
 def build(node: DictConfig) -> Any:
-    """Validate `node` against its `_target_` dataclass (keys, types, nothing missing), then construct it."""
+    """Validate `node` against its `_target_` dataclass (keys, types, nothing missing), then construct it.
+
+    A value that has a `_target_` of its own, as a method's base, is built likewise.
+    """
     from dqbench.launching.explain import explain
 
     where = str(node._key() or "")
@@ -194,10 +204,14 @@ def build(node: DictConfig) -> Any:
         line = f"{where}._target_={node._target_} is no class ({one_line(error)}); allowed: a dotted name"
         raise UserError(line) from error
     values = {key: value for key, value in node.items() if not key.startswith("_")}
+    parts = {key: build(value) for key, value in values.items() if OmegaConf.is_dict(value) and "_target_" in value}
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), values))
+        built = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), values))
     except OmegaConfBaseException as error:
         raise UserError(explain(error, where)) from error
+    for key, part in parts.items():
+        setattr(built, key, part)
+    return built
 
 
 def compose(overrides: list[str]) -> DictConfig:

@@ -95,7 +95,7 @@ def cost(layers: Sequence[LayerCost], plan: Plan, bits: Bits) -> Cost:
     """The totals; `bits` gives the widths of the attention matmuls, `plan` those of the layers."""
     matmuls = [layer for layer in layers if is_attention(layer)]
     products = [layer for layer in layers if not is_attention(layer)]
-    chosen = [layer for layer in products if layer.name in plan and plan[layer.name].weight < 16] or products
+    chosen = [layer for layer in products if layer.name in plan and plan[layer.name].weight < 32] or products
     weights = sum(layer.weights for layer in chosen)
     macs, macs_attention = sum(layer.macs for layer in products), sum(layer.macs for layer in matmuls)
     bops, bops_attention = (sum(bops_of(layer, plan, bits) for layer in part) for part in (products, matmuls))
@@ -153,7 +153,7 @@ def weight_bytes(layer: LayerCost, plan: Plan) -> int:
 
 def qparam_bytes(groups: int, n_bits: float) -> int:
     """Bytes of `groups` scales and zero points; none where the quantizer is off."""
-    return whole_bytes(groups * SCALE_BITS) + whole_bytes(groups * ceil(n_bits)) if n_bits < 16 else 0
+    return whole_bytes(groups * SCALE_BITS) + whole_bytes(groups * ceil(n_bits)) if n_bits < 32 else 0
 
 
 def whole_bytes(n_bits: int) -> int:
@@ -166,9 +166,10 @@ def plan_of(denoiser: nn.Module, cfg: DictConfig) -> tuple[Plan, Bits]:
 
     Read of cfg.method, where present: skip, overrides, weight.granularity, weight.group_size, split, attention.
     """
-    from dqbench.quant.plan import select, split
+    from dqbench.quant.plan import select, split, stored_width
 
     bits: Bits = OmegaConf.to_object(cfg.bits)
+    bits = replace(bits, attention=stored_width(bits.attention), softmax=stored_width(bits.softmax))
     method = OmegaConf.to_container(cfg.method, resolve=True)
     if method["_target_"] == FULL_PRECISION:
         return {}, Bits(32, 32, 32, 32)
@@ -187,11 +188,12 @@ def plan_of(denoiser: nn.Module, cfg: DictConfig) -> tuple[Plan, Bits]:
 def report(cfg: DictConfig) -> dict[str, Any]:
     """The bill of a composed config: {model, bits, total, layers}; the denoiser is built without weights."""
     from dqbench.architectures import build
-    from dqbench.models import architecture
+    from dqbench.models import architecture, input_shapes
 
     model = OmegaConf.to_object(cfg.model)
-    denoiser = build(architecture(model))
-    found = layers(denoiser, model.inputs)
+    config = architecture(model)
+    denoiser = build(config)
+    found = layers(denoiser, input_shapes(model, config))
     plan, bits = plan_of(denoiser, cfg)
     return {
         "model": model.name,

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
-from dqbench.metrics.base import Z_95, Metric
+from dqbench.calibration import recorded_inputs
+from dqbench.metrics.base import Metric, mean_interval
 from dqbench.models import denoiser
 from dqbench.progress import track
 from dqbench.shards import Shards
@@ -21,9 +22,7 @@ BATCH = 64
 @torch.no_grad()
 def noise_errors(pipe: DiffusionPipeline, trajectory: Path) -> np.ndarray:
     """||eps_q - eps|| / ||eps|| at the inputs of a full-precision trajectory: [chains, G, steps]."""
-    names = {path.name.split(".")[0] for path in trajectory.glob("*.npy")}
-    arrays = {name: Shards(trajectory, name) for name in names}
-    wanted = arrays.pop("output")
+    arrays, wanted = recorded_inputs(trajectory), Shards(trajectory, "output")
     chains, halves, steps = wanted.shape[:3]
     errors = np.empty((chains, halves, steps))
     spans = [(first, step) for first in range(0, chains, BATCH) for step in range(steps)]
@@ -42,19 +41,11 @@ def noise_errors(pipe: DiffusionPipeline, trajectory: Path) -> np.ndarray:
 def mean_over_chains(errors: np.ndarray) -> Metric:
     """The noise error averaged over steps, its interval over chains."""
     values = errors.mean(axis=(1, 2))
-    half = Z_95 * values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    mean, half = mean_interval(values)
     protocol = (
-        "||eps_q - eps|| / ||eps|| at the same x_t of full-precision sampling; mean over steps, interval over chains"
+        "||eps_q - eps|| / ||eps|| at the same x_t of full-precision sampling; mean over steps, t interval over chains"
     )
-    return Metric(
-        float(values.mean()),
-        float(values.mean() - half),
-        float(values.mean() + half),
-        len(values),
-        "denoiser output",
-        protocol,
-        False,
-    )
+    return Metric(mean, mean - half, mean + half, len(values), "denoiser output", protocol, higher_is_better=False)
 
 
 def curve(errors: np.ndarray, timesteps: Sequence[int]) -> dict[str, Any]:

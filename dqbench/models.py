@@ -8,7 +8,7 @@ import importlib
 import inspect
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +111,8 @@ def load(model: Model, device: str = "cpu") -> DiffusionPipeline:
         raise UserError(missing_checkpoint(model, path, error)) from error
     pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
+    if getattr(pipe, "safety_checker", None) is not None:  # it would turn some samples black; no paper scores with it
+        pipe.register_modules(safety_checker=None)
     attach_anatomy(pipe, model)
     denoiser(pipe).requires_grad_(False).eval()
     fix_layout(denoiser(pipe))
@@ -184,20 +186,40 @@ def clone(pipe: DiffusionPipeline) -> DiffusionPipeline:
     """A pipeline with a denoiser and a scheduler of its own; text encoders and VAE are shared with `pipe`."""
     twin = copy.copy(pipe)
     name = anatomy(pipe).denoiser
-    setattr(twin, name, copy.deepcopy(getattr(pipe, name)))
+    setattr(twin, name, copy.deepcopy(getattr(pipe, name)).requires_grad_(False).eval())
     fix_layout(getattr(twin, name))
     twin.scheduler = copy.deepcopy(pipe.scheduler)
     return twin
 
 
 def architecture(model: Model) -> dict[str, Any]:
-    """The denoiser's config with `_class_name`: from the model's YAML, else from the folder's config.json."""
-    if model.architecture:
+    """The denoiser's config with `_class_name`: from the checkpoint's folder, else from the model's YAML."""
+    try:
+        file = Path(resolve(model)) / model.denoiser / "config.json"
+    except UserError:
+        if not model.architecture:
+            raise
         return dict(model.architecture)
-    file = Path(resolve(model)) / model.denoiser / "config.json"
-    if not file.exists():
+    if file.exists():
+        return json.loads(file.read_text())
+    if not model.architecture:
         raise UserError(f"model {model.name}: neither model.architecture nor {file} is there")
-    return json.loads(file.read_text())
+    return dict(model.architecture)
+
+
+def input_shapes(model: Model, config: Mapping[str, Any]) -> dict[str, list[int]]:
+    """Shapes of one denoiser call without the batch dimension: `model.inputs`, as wide as the denoiser's `config` says.
+
+    A checkpoint given as model.path may have another size than the one whose YAML it borrows.
+    """
+    shapes = {name: list(shape) for name, shape in model.inputs.items()}
+    size, channels, width = (config.get(key) for key in ("sample_size", "in_channels", "cross_attention_dim"))
+    if name := next((name for name in ("sample", "hidden_states") if len(shapes.get(name, ())) == 3), None):
+        sides = [size] * 2 if isinstance(size, int) else list(size or shapes[name][1:])
+        shapes[name] = [channels or shapes[name][0], *sides]
+    if "encoder_hidden_states" in shapes and isinstance(width, int):
+        shapes["encoder_hidden_states"][-1] = width
+    return shapes
 
 
 def checkpoint_hash(model: Model) -> str:

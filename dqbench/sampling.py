@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from torch import Tensor
 
 from dqbench.config import Sampler
+from dqbench.errors import UserError
 from dqbench.models import anatomy, conditions
 from dqbench.schedulers import make_scheduler
 
@@ -29,9 +34,22 @@ def generators(seeds: Sequence[int]) -> list[torch.Generator]:
 
 
 def set_sampler(pipe: DiffusionPipeline, sampler: Sampler) -> DiffusionPipeline:
-    """Give the pipeline the sampler's scheduler, on the noise schedule it came with."""
+    """Give the pipeline the sampler's scheduler, on the noise schedule it came with; it remembers the sampler."""
     pipe.scheduler = make_scheduler(dict(pipe.scheduler.config), sampler)
+    pipe.sampler = sampler
     return pipe
+
+
+def steps_of(pipe: DiffusionPipeline) -> Tensor:
+    """The timesteps at which the pipeline under its sampler calls the denoiser, noisiest first; some may repeat.
+
+    Raises UserError for a pipeline without a sampler: set_sampler() gives it one.
+    """
+    if (sampler := getattr(pipe, "sampler", None)) is None:
+        raise UserError("the pipeline has no sampler; dqbench.sampling.set_sampler(pipe, sampler) gives it one")
+    scheduler = copy.deepcopy(pipe.scheduler)
+    scheduler.set_timesteps(sampler.steps)
+    return scheduler.timesteps.cpu()
 
 
 @torch.no_grad()
@@ -55,7 +73,43 @@ def generate(
     }
     accepted = inspect.signature(type(pipe).__call__).parameters
     arguments: dict[str, Any] = {key: value for key, value in available.items() if key in accepted}
-    return np.asarray(pipe(**arguments).images)[:count]
+    with wrapped_step(pipe.scheduler, seeded(available["generator"])):
+        images = np.asarray(pipe(**arguments).images)
+    if len(images) != len(seeds):
+        raise RuntimeError(f"{type(pipe).__name__} returned {len(images)} images for {len(seeds)} seeds")
+    return images[:count]
+
+
+@contextmanager
+def wrapped_step(scheduler: Any, wrap: Callable[[Callable], Callable]) -> Iterator[None]:
+    """Inside: `scheduler.step` is wrap(scheduler.step), with the signature it had (pipelines look at it)."""
+    before, own = scheduler.step, "step" in vars(scheduler)
+    scheduler.step = functools.wraps(before)(wrap(before))
+    try:
+        yield
+    finally:
+        if own:
+            scheduler.step = before
+        else:
+            del scheduler.step
+
+
+def seeded(generators: list[torch.Generator]) -> Callable[[Callable], Callable]:
+    """A wrapper of a scheduler's step for pipelines, such as diffusers' DiTPipeline, that do not hand generators on.
+
+    Where the rows are stacked halves, a sample's generator serves its row in each half in turn.
+    """
+
+    def wrap(step: Callable) -> Callable:
+        def seeded_step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if takes_generator and kwargs.get("generator") is None:
+                kwargs["generator"] = generators * (len(sample) // len(generators))
+            return step(model_output, timestep, sample, *args, **kwargs)
+
+        takes_generator = "generator" in inspect.signature(step).parameters
+        return seeded_step
+
+    return wrap
 
 
 def padded_length(count: int, sampler: Sampler) -> int:

@@ -92,27 +92,48 @@ class QuantizedOperations:
     """Mixed into a DDIM or DDPM scheduler: x_{t-1} = mu + sigma z with fake-quantized mu, sigma or x_{t-1}.
 
     `config.operations` names what is quantized, symmetric and per tensor; `config.bound` is the range of mu and x. The
-    range of sigma is its largest value over the steps. The paper gives no ranges and its release has no code for them.
+    range of sigma is its largest value over the steps, for learned variances their upper limit, sqrt(beta_t). The paper
+    gives no ranges and its release has no code for them.
     """
+
+    def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
+        """The base class's; the range of sigma is found anew."""
+        super().set_timesteps(*args, **kwargs)
+        self._largest: dict[float, float] = {}
 
     def step(self, model_output: Tensor, timestep: int, sample: Tensor, **kwargs: Any) -> Any:
         """The base class's step, taken apart into mu and sigma z, and put together from quantized parts."""
-        generator = kwargs.pop("generator", None) or [torch.Generator() for _ in sample]
-        twins = [one.clone_state() for one in generator]
-        eta = kwargs.get("eta", 0.0)
-        result = super().step(model_output, timestep, sample, generator=generator, **kwargs)
-        z = randn_tensor(sample.shape, generator=twins, device=sample.device, dtype=sample.dtype)
-        sigma = torch.tensor(self._sigma(timestep, eta), device=sample.device, dtype=sample.dtype)
+        generator, eta = kwargs.pop("generator", None), kwargs.get("eta", 0.0)
+        generators = generator if isinstance(generator, list) else [generator or fresh_generator()]
+        twins = [one.clone_state() for one in generators]
+        own, theirs = (many if len(many) > 1 else many[0] for many in (generators, twins))
+        result = super().step(model_output, timestep, sample, generator=own, **kwargs)
+        z = randn_tensor(sample.shape, generator=theirs, device=sample.device, dtype=sample.dtype)
+        sigma = torch.as_tensor(self._sigma(timestep, eta, model_output), device=sample.device).to(sample.dtype)
         mu = self._on("mu", result.prev_sample - sigma * z, self.config.bound)
-        sigma = self._on("sigma", sigma, max(self._sigma(t, eta) for t in self.timesteps))
+        sigma = self._on("sigma", sigma, self._largest_sigma(eta))
         result.prev_sample = self._on("x", mu + sigma * z, self.config.bound)
         return result
 
-    def _sigma(self, timestep: int, eta: float) -> float:
+    def _sigma(self, timestep: int, eta: float, model_output: Tensor | None = None) -> Tensor | float:
+        """The standard deviation that the base class's step multiplies z by."""
         if isinstance(self, DDIMScheduler):
             stride = self.config.num_train_timesteps // self.num_inference_steps
             return float(eta * self._get_variance(timestep, timestep - stride) ** 0.5)
-        return float(self._get_variance(timestep) ** 0.5) if timestep > 0 else 0.0
+        if timestep == 0:
+            return 0.0
+        if model_output is None or not self.config.variance_type.startswith("learned"):
+            kind = self.config.variance_type.replace("learned_range", "fixed_large").replace("learned", "fixed_large")
+            found = self._get_variance(timestep, variance_type=kind)
+            return float(found if kind == "fixed_small_log" else found**0.5)
+        predicted = model_output.chunk(2, dim=1)[1]
+        found = self._get_variance(timestep, predicted_variance=predicted)
+        return (found / 2).exp() if self.config.variance_type == "learned_range" else found.sqrt()
+
+    def _largest_sigma(self, eta: float) -> float:
+        if eta not in self._largest:
+            self._largest[eta] = max(self._sigma(int(t), eta) for t in self.timesteps)
+        return self._largest[eta]
 
     def _on(self, operation: str, x: Tensor, bound: float) -> Tensor:
         if operation not in self.config.operations:
@@ -120,6 +141,11 @@ class QuantizedOperations:
         qmin, qmax = qrange(OPERATION_BITS, symmetric=True)
         scale = torch.tensor(max(bound / qmax, 1e-8), device=x.device, dtype=x.dtype)
         return fake_quantize(x, scale, torch.zeros_like(scale), qmin, qmax)
+
+
+def fresh_generator() -> torch.Generator:
+    """A generator seeded by the global one, for a caller that gives none."""
+    return torch.Generator().manual_seed(int(torch.randint(2**62, ())))
 
 
 class QuantizedDDIMScheduler(QuantizedOperations, DDIMScheduler):

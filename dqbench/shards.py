@@ -103,16 +103,24 @@ def missing(spans: list[tuple[int, int]], count: int, batch_size: int) -> Iterat
         first = max(end, first + 1)
 
 
+def arrays(folder: Path) -> dict[str, Shards]:
+    """The arrays that are kept in `folder`, by name."""
+    return {name: Shards(folder, name) for name in sorted({path.name.split(".")[0] for path in folder.glob("*.npy")})}
+
+
 def fill(
     folder: Path, count: int, batch_size: int, produce: Callable[[range], dict[str, np.ndarray]], title: str
 ) -> None:
     """Write rows 0..count-1 of the arrays that `produce(rows)` returns by name, missing batches only, showing progress.
 
-    A batch counts as done when its array "sample" is there, which is therefore written last.
+    An empty file `<first>-<end>.done` follows the arrays of a batch; what a killed attempt wrote without it is dropped.
     """
-    spans = Shards(folder, "sample").spans()
+    spans = sorted(tuple(map(int, path.stem.split("-"))) for path in folder.glob("*-*.done"))
+    for array in arrays(folder).values():
+        for span in set(array.spans()) - set(spans):
+            array.path(*span).unlink()
     done = sum(end - first for first, end in spans)
     for rows in track(missing(spans, count, batch_size), title, count, done):
-        arrays = produce(rows)
-        for name in sorted(arrays, key=lambda name: name == "sample"):
-            Shards(folder, name).write(rows.start, arrays[name])
+        for name, values in produce(rows).items():
+            Shards(folder, name).write(rows.start, values)
+        (folder / f"{rows.start:07d}-{rows.stop:07d}.done").touch()

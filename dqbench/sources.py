@@ -9,7 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from dqbench.calibration import named_generator
+from dqbench.calibration import SAMPLES, named_generator
 from dqbench.config import Calib
 from dqbench.errors import UserError
 from dqbench.models import anatomy
@@ -20,7 +20,8 @@ def replace_source(pipe: DiffusionPipeline, calib: Calib, seed: int, target: Pat
 
     noise: x ~ N(0, I). image: x_0. train_mimic: q(x_t | x_0) at the row's own time step.
     """
-    rows, timestep = np.load(target / "sample.npy", mmap_mode="r+"), np.load(target / "timestep.npy")
+    file = next(target / f"{name}.npy" for name in SAMPLES if (target / f"{name}.npy").exists())
+    rows, timestep = np.load(file, mmap_mode="r+"), np.load(target / "timestep.npy")
     generator = named_generator(calib.source, seed)
     for first in range(0, len(rows), 256):
         part = slice(first, min(first + 256, len(rows)))

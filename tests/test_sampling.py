@@ -5,15 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, ImagePipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
 from omegaconf import OmegaConf
 
 from dqbench.calibration import CalibrationSet
 from dqbench.config import build, compose
 from dqbench.errors import UserError
-from dqbench.models import load
+from dqbench.models import UnconditionalPipeline, load
 from dqbench.quant.functional import fake_quantize
-from dqbench.sampling import generate, sample_seed, set_sampler, to_uint8
+from dqbench.sampling import generate, generators, sample_seed, set_sampler, to_uint8
 from dqbench.schedulers import QuadDDIMScheduler, make_scheduler, quantize_operations
 from tests.tiny import ddim, pipeline
 
@@ -124,3 +125,56 @@ def test_quantized_samples_are_bit_equal_for_every_batch_size():
         for size in (16, 64, 7):
             parts = [generate(model, sampler, seeds[k : k + size]) for k in range(0, 96, size)]
             assert np.array_equal(np.concatenate(parts), together), size
+
+
+@pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_small_log", "fixed_large", "learned", "learned_range"])
+def test_quantized_operations_know_every_variance_of_ddpm(variance_type):
+    plain = DDPMScheduler(num_train_timesteps=100, variance_type=variance_type)
+    torch.manual_seed(0)
+    output, sample = torch.randn(2, 2 if "learned" in variance_type else 1, 8, 8), torch.randn(2, 1, 8, 8)
+    if variance_type == "learned":
+        output[:, 1] = output[:, 1].abs() * 0.01
+
+    def step(scheduler):
+        scheduler.set_timesteps(10)
+        return scheduler.step(output, 50, sample, generator=generators([1, 2])).prev_sample
+
+    torch.testing.assert_close(step(quantize_operations(plain, [], 4.0)), step(plain), rtol=1e-5, atol=1e-6)
+    rounded = step(quantize_operations(plain, ["sigma"], 4.0))
+    assert 0 < (rounded - step(plain)).abs().max() < 0.02  # half a step of 1/127 of the largest sigma, times z
+
+
+class Careless(UnconditionalPipeline):
+    """Steps without handing its generators on, on two stacked halves, as diffusers' DiTPipeline does."""
+
+    @torch.no_grad()
+    def __call__(self, generator, num_inference_steps=50, output_type="np"):
+        x = randn_tensor((len(generator), 1, 8, 8), generator=generator).repeat(2, 1, 1, 1)
+        self.scheduler.set_timesteps(num_inference_steps)
+        for t in self.scheduler.timesteps:
+            x = self.scheduler.step(self.unet(x, t).sample, t, x).prev_sample
+            x = x[: len(generator)].repeat(2, 1, 1, 1)
+        return ImagePipelineOutput(self._images(x[: len(generator)], output_type))
+
+
+def test_samples_are_seeded_where_the_pipeline_drops_its_generators():
+    base = pipeline(sampler=ddim(scheduler="DDPMScheduler"))
+    pipe = Careless(base.unet, base.scheduler)
+    whole = generate(pipe, ddim(scheduler="DDPMScheduler", batch_size=32), range(20))
+    parts = [
+        generate(pipe, ddim(scheduler="DDPMScheduler", batch_size=32), range(first, first + 5))
+        for first in range(0, 20, 5)
+    ]
+    np.testing.assert_allclose(np.concatenate(parts), whole, atol=1e-5)
+    assert whole.std(axis=0).mean() > 1e-3
+    assert "step" not in vars(pipe.scheduler)
+
+
+def test_a_pipeline_that_loses_samples_is_an_error():
+    class Short(UnconditionalPipeline):
+        def _images(self, x_0, output_type):
+            return super()._images(x_0, output_type)[1:]
+
+    base = pipeline()
+    with pytest.raises(RuntimeError, match="3 images for 4 seeds|returned"):
+        generate(Short(base.unet, base.scheduler), ddim(), [1, 2, 3, 4])

@@ -19,6 +19,8 @@ def check(cfg: DictConfig) -> None:
             raise UserError(f"bits.{key}={bits} is not supported; allowed: 2 to 8, or 16 and 32 for full precision")
     check_choices(cfg)
     check_ranges(cfg)
+    if cfg.base is not None and "base" not in cfg.method:
+        raise UserError(f"base has no meaning for method={cfg.method.get('name')}, which builds on no other method")
 
 
 def check_keys(cfg: DictConfig) -> None:
@@ -56,12 +58,14 @@ def check_ranges(cfg: DictConfig) -> None:
     """Raise UserError for numbers outside their range; NaN is outside every range."""
     calib, recon, sampler = cfg.calib, cfg.recon, cfg.sampler
     uniform = calib.policy == "uniform"
-    if uniform and calib.samples // calib.steps > calib.chains:
-        given = f"calib.samples={calib.samples} is more than calib.steps={calib.steps} x calib.chains={calib.chains}"
+    kept = calib.steps or sampler.steps
+    if uniform and calib.samples // kept > calib.chains:
+        given = f"calib.samples={calib.samples} is more than {kept} steps x calib.chains={calib.chains}"
         raise UserError(f"{given}; allowed: at most their product")
     check_range("sampler", sampler, {"steps": (1, None), "eta": (0, 1), "num_samples": (2, None)})
     check_range("sampler", sampler, {"batch_size": (1, None)})
     check_range("calib", calib, {"chains": (1, None), "samples": (1, None), "mean": (None, None), "std": (0, None)})
+    check_range("calib", calib, {"batch_size": (1, None)})
     check_range("calib", calib, {"steps": (1, sampler.steps if uniform else None)}, "sampler.steps")
     check_range("calib", calib, {"step": (0, sampler.steps - 1)}, "sampler.steps - 1")
     check_range("recon", recon, {"iters": (0, None), "iters_act": (0, None), "batch_size": (1, None), "warmup": (0, 1)})

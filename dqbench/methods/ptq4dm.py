@@ -56,7 +56,7 @@ class PTQ4DM:
         if self.attention:
             quantize_attention(student, bits, signed=False, signed_softmax=False)
         with calibrating(student, self.act):
-            for batch in calib.batches(BATCH, pipe.device):
+            for batch in calib.batches(pipe.device):
                 student(**batch)
         freeze(student)
         operations = {"mu": self.quantize_mu, "sigma": self.quantize_sigma, "x": self.quantize_x}

@@ -78,5 +78,5 @@ class QDiffusion:
         with calibrating(student, self.act, self.softmax):
             student(**calib.rows(rows.numpy(), device))
             if self.running:
-                for batch in calib.batches(BATCH, device):
+                for batch in calib.batches(device):
                     student(**batch)

@@ -39,7 +39,7 @@ class RTN:
         if self.attention:
             quantize_attention(student, bits, self.act.symmetric, signed_softmax=False)
         with calibrating(student, self.act):
-            for batch in calib.batches(BATCH, pipe.device):
+            for batch in calib.batches(pipe.device):
                 student(**batch)
         freeze(student)
         return quantized

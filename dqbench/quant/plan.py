@@ -18,7 +18,7 @@ GRANULARITIES = ("per_tensor", "per_channel", "per_group")
 
 @dataclass(frozen=True)
 class LayerBits:
-    """Bit-widths of one layer: 2..8, or 16 and 32 for off. A group is one scale with its zero point."""
+    """Bit-widths of one layer: 2..8, or 32 for off. A group is one scale with its zero point."""
 
     weight: int
     act: float  # of the layer's input; where it varies over the sampling steps, the mean over the steps
@@ -76,7 +76,12 @@ def widths_of(name: str, bits: Any, overrides: Mapping[str, Mapping[str, int]]) 
         check_widths(pattern, own)
         if fnmatchcase(name, pattern):
             widths |= own
-    return widths
+    return {key: stored_width(width) for key, width in widths.items()}
+
+
+def stored_width(width: int) -> int:
+    """The width that is really used and billed: 16 switches a quantizer off as 32 does, nothing is cast to 16 bits."""
+    return 32 if width in OFF else width
 
 
 def check_widths(pattern: str, own: Mapping[str, int]) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from fnmatch import fnmatch
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -12,25 +10,29 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from dqbench.metrics.text import decimals, first_fits, ordered, quantity
+from dqbench.tables import in_order, label, spell
+
 if TYPE_CHECKING:
     from dqbench.results import Row
 
-ORDER = ("fd*", "fid*", "sfd*", "sfid*", "kd*", "kid*", "is*", "precision*", "recall*", "psnr*", "ssim*", "cosine*")
 MAIN = ("fd*", "fid*", "psnr*", "*error*")  # a sweep shows the first metric that fits each
 COST = {"bops": "BOPs", "macs": "MACs", "size_bytes": "size", "bits_per_weight": "bits per weight"}
 FAKE = "Fake quantization (rounded values, float arithmetic): no speed-up is claimed."
 ARROWS = "↓ lower is better, ↑ higher is better."
 DETAILS = "Intervals: python -m dqbench.results show RUN"
 INTERVAL = f"[low,high] is the 95 % interval. {ARROWS}"
-DIFFERENCE = "✓ better, ✗ worse, ≈ the intervals overlap."
-UNITS = (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3))
+DIFFERENCE = "± is the 95 % interval of the paired difference. ✓ better, ✗ worse, ≈ neither."
 Metric = Mapping[str, Any]
 
 
 def show(rows: Sequence[Row], console: Console | None = None) -> None:
     """Print one row as a comparison, several as a sweep."""
     console = console or Console()
-    console.print(run_table(rows[0]) if len(rows) == 1 else sweep_table(rows))
+    table = run_table(rows[0]) if len(rows) == 1 else sweep_table(rows)
+    unbounded = console.options.update_width(1000)
+    narrow = len(rows) > 1 and console.measure(table, options=unbounded).maximum > console.width
+    console.print(sweep_table(rows, notes=True) if narrow else table)
 
 
 def run_table(row: Row) -> Table:
@@ -45,7 +47,7 @@ def run_table(row: Row) -> Table:
         table.add_column("n", justify="right", style="dim", no_wrap=True)
     for name in ordered(row.metrics):
         metric = row.metrics[name]
-        cells = _compared(row.reference.get(name), metric) if quantized else [interval(metric)]
+        cells = _compared(row, name) if quantized else [interval(metric)]
         _add(table, [_named(name, metric), *cells], metric["n"])
     if quantized and row.paired:
         _section(table, "same seeds as fp32")
@@ -56,10 +58,11 @@ def run_table(row: Row) -> Table:
     return table
 
 
-def _compared(reference: Metric | None, metric: Metric) -> list[Text | str]:
+def _compared(row: Row, name: str) -> list[Text | str]:
+    metric, reference = row.metrics[name], row.reference.get(name)
     if reference is None:
         return ["", interval(metric), ""]
-    return [interval(reference), interval(metric), difference(reference, metric)]
+    return [interval(reference), interval(metric), difference(reference, metric, row.difference.get(name))]
 
 
 def _add_cost(table: Table, row: Row, quantized: bool) -> None:
@@ -72,58 +75,43 @@ def _add_cost(table: Table, row: Row, quantized: bool) -> None:
         _add(table, [COST[key], *cells], None)
 
 
-def sweep_table(rows: Sequence[Row], columns: Sequence[str] = MAIN, caption: str = "") -> Table:
-    """One line per cell; what all cells share stands in the title. columns: fnmatch patterns, first match each."""
-    labels = [label(row) for row in rows]
-    keys = list(labels[0]) if labels else []
-    shared = [key for key in keys if len({entry[key] for entry in labels}) == 1 and key not in ("method", "bits")]
-    table = _table(" · ".join(labels[0][key] for key in shared), caption or f"{ARROWS}\n{DETAILS}\n{FAKE}")
-    for key in keys:
-        if key not in shared:
-            table.add_column(key, no_wrap=True)
-    found = {name: metric for row in rows for name, metric in (row.metrics | row.paired).items()}
-    names = main_metrics(found, columns)
-    for name in names:
-        table.add_column(_named(name, found[name]), justify="right")
-    for header in ("BOPs", "size", "run"):
-        table.add_column(header, justify="right", no_wrap=True)
-    for row, entry in sorted(zip(rows, labels, strict=True), key=lambda pair: position(pair[0], pair[1])):
-        values = [_short((row.metrics | row.paired).get(name)) for name in names]
-        cost = [quantity(key, row.cost[key]) if key in row.cost else "" for key in ("bops", "size_bytes")]
-        table.add_row(*(entry[key] for key in keys if key not in shared), *values, *cost, row.run_id[:6])
+def sweep_table(rows: Sequence[Row], columns: Sequence[str] = MAIN, notes: bool = False) -> Table:
+    """One line per cell; what all cells share stands in the title. columns: fnmatch patterns, first match each.
+
+    What tells cells of the same method and bits apart stands in a column, or, to save width, with `notes` below.
+    """
+    lines = in_order(rows)
+    told = [spell(special) for _, special in lines]
+    numbers = {text: str(number) for number, text in enumerate(dict.fromkeys(filter(None, told)), 1)} if notes else {}
+    entries = [
+        label(row) | {"seed": str(row.config["seed"]), "note" if notes else "settings": numbers.get(text, text)}
+        for (row, _), text in zip(lines, told, strict=True)
+    ]
+    own = [key for key in entries[0] if key in ("method", "bits") or len({entry[key] for entry in entries}) > 1]
+    shared = [f"seed {value}" if key == "seed" else value for key, value in entries[0].items() if key not in own]
+    below = [f"note {number}: {text}" for text, number in numbers.items()]
+    table = _table(" · ".join(filter(None, shared)), "\n".join([*below, ARROWS, DETAILS, FAKE]))
+    for key in own:
+        table.add_column(key, no_wrap=key != "method", min_width=10 if key == "method" else None)
+    left = [[entry[key] for key in own] for entry in entries]
+    _add_values(table, [row for row, _ in lines], left, columns, ("bops",) if notes else ("bops", "size_bytes"))
     return table
 
 
-def position(row: Row, entry: Mapping[str, str]) -> tuple[Any, ...]:
-    """Models and samplers apart, full precision first, then from many bits to few."""
-    bits = row.config.get("bits", {})
-    widths = [-bits.get(key, 0) for key in ("weight", "act")]
-    return entry["model"], entry["sampler"], entry["method"] != "fp32", widths, entry["method"], row.run_id
-
-
-def main_metrics(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
-    """The first name that fits each pattern, each name once."""
-    matches = (next((name for name in ordered(names) if fnmatch(name, pattern)), None) for pattern in patterns)
-    return list(dict.fromkeys(name for name in matches if name))
-
-
-def ordered(names: Iterable[str]) -> list[str]:
-    """Metric names in the field's usual order, unknown ones last, by name."""
-    ranks = {name: next((i for i, pattern in enumerate(ORDER) if fnmatch(name, pattern)), len(ORDER)) for name in names}
-    return sorted(ranks, key=lambda name: (ranks[name], len(name), name))
-
-
-def label(row: Row) -> dict[str, str]:
-    """model, method, bits and sampler of a row, as people say them."""
-    config = row.config
-    bits, sampler = config.get("bits", {}), config.get("sampler", {})
-    name = str(config.get("method", {}).get("name", "?"))
-    return {
-        "model": str(config.get("model", {}).get("name", "?")),
-        "method": name,
-        "bits": "–" if name == "fp32" else "w{}a{}".format(bits.get("weight", "?"), bits.get("act", "?")),
-        "sampler": f"{sampler.get('scheduler', '?').removesuffix('Scheduler')} {sampler.get('steps', '?')} steps",
-    }
+def _add_values(
+    table: Table, rows: Sequence[Row], left: Sequence[list[str]], columns: Sequence[str], costs: Sequence[str]
+) -> None:
+    """The lines of a sweep: what stands left, the main metrics, costs and run."""
+    found = {name: metric for row in rows for name, metric in (row.metrics | row.paired).items()}
+    names = first_fits(found, columns)
+    for name in names:
+        table.add_column(_named(name, found[name]), justify="right", min_width=6, overflow="fold")
+    for header in [*(COST[key] for key in costs), "run"]:
+        table.add_column(header, justify="right", no_wrap=True)
+    for row, cells in zip(rows, left, strict=True):
+        values = [_short((row.metrics | row.paired).get(name)) for name in names]
+        cost = [quantity(key, row.cost[key]) if key in row.cost else "" for key in costs]
+        table.add_row(*cells, *values, *cost, row.run_id[:6])
 
 
 def title(row: Row, counts: Iterable[int]) -> str:
@@ -148,34 +136,17 @@ def interval(metric: Metric) -> Text:
     return text
 
 
-def difference(reference: Metric, metric: Metric) -> Text:
-    """Signed difference to full precision, and whether it is better, worse or within the intervals."""
+def difference(reference: Metric, metric: Metric, paired: Metric | None) -> Text:
+    """Signed difference to full precision; with its paired interval also whether it is better, worse or may be none."""
+    places = decimals(max(abs(reference["value"]), abs(metric["value"])))
     delta = metric["value"] - reference["value"]
-    text = f"{delta:+.{decimals(max(abs(reference['value']), abs(metric['value'])))}f}"
-    if not apart(reference, metric):
+    if paired is None:
+        return Text(f"{delta:+.{places}f}")
+    text = f"{delta:+.{places}f} ± {(paired['high'] - paired['low']) / 2:.{places}f}"
+    if paired["low"] <= 0 <= paired["high"]:
         return Text(f"{text} ≈", style="dim")
     better = (delta > 0) == bool(metric["higher_is_better"])
     return Text(f"{text} {'✓' if better else '✗'}", style="green" if better else "red")
-
-
-def apart(first: Metric, second: Metric) -> bool:
-    """Whether two 95 % intervals do not overlap."""
-    edges = [metric.get(edge) for metric in (first, second) for edge in ("low", "high")]
-    return None not in edges and (edges[0] > edges[3] or edges[1] < edges[2])
-
-
-def decimals(value: float) -> int:
-    """Decimals that show four significant digits of a value, three of one below 1; at most four decimals."""
-    exponent = math.floor(math.log10(abs(value))) if value else 0
-    return max(0, min(4, 3 - exponent if exponent >= 0 else 2 - exponent))
-
-
-def quantity(key: str, value: float) -> str:
-    """A cost for reading: 1.234 G, 4.32 MB, 4.13 bits."""
-    if key == "bits_per_weight":
-        return f"{value:.2f}"
-    unit, scale = next((pair for pair in UNITS if value >= pair[1]), ("", 1))
-    return f"{value / scale:.3g} {unit}{'B' if key == 'size_bytes' else ''}".rstrip()
 
 
 def _named(name: str, metric: Metric) -> Text:

@@ -20,12 +20,13 @@ from dqbench.config import command, split_json
 from dqbench.errors import UserError
 
 SCHEMA = 1  # of row.json; bumped when a reader of the old form would misread the new one
+OPTIONAL = {"difference"}  # fields that rows of this schema may lack
 log = logging.getLogger(__name__)
 
 
 @dataclass
 class Row:
-    """One finished (or failed) cell. A metric is {value, low, high, n, extractor, protocol, higher_is_better}."""
+    """One finished cell. A metric is {value, low, high, n, extractor, protocol, higher_is_better}."""
 
     run_id: str
     config: dict[str, Any]
@@ -35,8 +36,9 @@ class Row:
     cost: dict[str, Any]  # macs, bops, bops_fp32, size_bytes, size_bytes_fp32, bits_per_weight, convention
     timing: dict[str, float]  # calibrate_s, quantize_s, generate_s, score_s, peak_memory_bytes
     provenance: dict[str, Any]
-    status: str = "done"  # or "failed"
-    diagnostics: dict[str, Any] = field(default_factory=dict)  # small: per-step errors and the like
+    status: str = "done"  # a cell that failed leaves no row
+    difference: dict[str, dict[str, float]] = field(default_factory=dict)  # metrics - reference: {value, low, high}
+    diagnostics: dict[str, dict[str, Any]] = field(default_factory=dict)  # groups of curves: diagnostics.curves()
 
     def write(self, folder: Path | str) -> Path:
         """Write folder/row.json whole or not at all; a full disk leaves no trace. Returns its path."""
@@ -70,9 +72,10 @@ def decode(text: str | bytes, where: str) -> Row:
         raise UserError(f"{where} is not a row of dqbench: it has no schema number")
     if data.pop("schema") != SCHEMA:
         raise UserError(f"{where} has another row schema, this version reads {SCHEMA}: use the dqbench that wrote it")
-    names = {item.name for item in fields(Row)}
-    if data.keys() != names:
-        raise UserError(f"{where} is damaged: missing or unknown fields {sorted(names ^ data.keys())}")
+    known = {item.name for item in fields(Row)}
+    wrong = (known - OPTIONAL) - data.keys() | data.keys() - known
+    if wrong:
+        raise UserError(f"{where} is damaged: missing or unknown fields {sorted(wrong)}")
     return Row(**data)
 
 
@@ -113,15 +116,14 @@ def atomic_write(path: Path, text: str) -> None:
 
 
 def finished(folder: Path | str) -> Row | None:
-    """The row of a run that is done, else None: nothing there, failed, or damaged (with a warning, to be run again)."""
+    """The row of a run that is done, else None: nothing there, or damaged (with a warning, to be run again)."""
     if not (Path(folder) / "row.json").is_file():
         return None
     try:
-        row = Row.read(folder)
+        return Row.read(folder)
     except UserError as error:
         log.warning("%s", error)
         return None
-    return row if row.status == "done" else None
 
 
 def runs(results: Path | str) -> Iterator[Row]:
@@ -168,9 +170,10 @@ def _line(row: Row) -> str:
 
 def select(found: Sequence[Row], run_ids: Sequence[str], where: str) -> list[Row]:
     """The rows with these ids or unique beginnings of ids (none given: all); else a UserError that lists some."""
-    chosen = {row.run_id: row for row in found} if not run_ids else {}
+    whole = {row.run_id: row for row in found}
+    chosen = {} if run_ids else whole
     for name in run_ids:
-        matches = [row for row in found if row.run_id.startswith(name)]
+        matches = [whole[name]] if name in whole else [row for row in found if row.run_id.startswith(name)]
         if len(matches) != 1:
             known = [row.run_id for row in matches or found]
             some = ", ".join(known[:8]) + (f" and {len(known) - 8} more" if len(known) > 8 else "")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import netrc
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -102,20 +102,23 @@ class Tracker:
 
         self._send(name, send)
 
-    def log_curve(self, name: str, xs: Sequence[float], ys: Sequence[float]) -> None:
-        """A line chart of ys over xs, such as the error at each sampling step."""
-
-        def send(run: wandb.Run) -> None:
-            import wandb
-
-            table = wandb.Table(columns=["x", "y"], data=[list(pair) for pair in zip(xs, ys, strict=True)])
-            run.log({name: wandb.plot.line(table, "x", "y", title=name)})
-
-        self._send(name, send)
+    def log_curves(self, groups: Mapping[str, Mapping[str, Any]]) -> None:
+        """Each group of a row's diagnostics as a line chart under its name."""
+        for name, group in groups.items():
+            self._send(name, partial(_send_chart, name, group))
 
     def _send(self, what: str, send: Callable[[wandb.Run], None]) -> None:
         if self.run is not None:
             attempt(f"W&B did not take {what}", partial(send, self.run))
+
+
+def _send_chart(name: str, group: Mapping[str, Any], run: wandb.Run) -> None:
+    import wandb
+
+    lines = group["lines"].values()
+    points = [[pair for pair in zip(group["x"], line, strict=True) if pair[1] is not None] for line in lines]
+    xs, ys = ([[pair[axis] for pair in line] for line in points] for axis in (0, 1))
+    run.log({name: wandb.plot.line_series(xs, ys, keys=list(group["lines"]), title=name, xname=group["x_label"])})
 
 
 @contextmanager

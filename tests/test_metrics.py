@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,10 @@ from torch_fidelity import feature_extractor_inceptionv3 as inception
 from dqbench.config import build, data_root
 from dqbench.errors import UserError
 from dqbench.metrics import clean_fid, extractors
-from dqbench.metrics.base import Metric, Scorer
+from dqbench.metrics.base import Metric, Scorer, difference, mean_interval, t_95
 from dqbench.metrics.guards import DegenerateSamples, check_samples
 from dqbench.metrics.images import ArrayImages
-from dqbench.metrics.measure import standard_errors
+from dqbench.metrics.measure import Kind, Panel, Statistic, resample
 from dqbench.metrics.paired import paired
 from dqbench.zoo.data import digits_uint8
 
@@ -114,8 +115,47 @@ def test_features_do_not_depend_on_the_batch_size(tmp_path):
 
 def test_standard_error_of_a_mean_is_the_textbook_one():
     features = torch.randn(400, 1, generator=torch.Generator().manual_seed(0)).double() * 3
-    (error,) = standard_errors(lambda x: (x.mean().item(),), features, resamples=2000, seed=0)
-    assert error == pytest.approx(features.std().item() / math.sqrt(400), rel=0.05)
+    draws = resample(lambda x: (x.mean().item(),), features, resamples=2000, seed=0)
+    assert draws.shape == (2000, 1)
+    assert draws.std(ddof=1) == pytest.approx(features.std().item() / math.sqrt(400), rel=0.05)
+
+
+def mean_panel(bootstrap: int) -> Panel:
+    """One statistic, the mean of features [N, 1]."""
+    kind = Kind(lambda features, reference: (features.mean().item(),), higher_is_better=True)
+    statistic = Statistic("mean", "x", ["mean"], bootstrap, options={})
+    return Panel({"mean": statistic}, {"mean": kind}, "e", "p", seed=0)
+
+
+@pytest.mark.parametrize("bootstrap", [5, 10])
+def test_intervals_of_few_resamples_hold_95_percent(bootstrap):
+    panel, rng, trials = mean_panel(bootstrap), torch.Generator().manual_seed(0), 1500
+    truth, held = torch.zeros(1, 1), 0
+    for _ in range(trials):
+        metric = panel.measure({"x": torch.randn(200, 1, generator=rng)}, {"x": truth})["mean"]
+        held += metric.low < 0 < metric.high
+    assert held / trials == pytest.approx(0.95, abs=0.015)  # with the normal quantile 0.88 of 5 resamples, 0.92 of 10
+
+
+def test_quantiles_are_students():
+    assert [t_95(count) for count in (2, 5, 10)] == pytest.approx([12.706, 2.776, 2.262], abs=1e-3)
+    assert t_95(10**6) == pytest.approx(1.96, abs=1e-3)
+    assert mean_interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, 4.303 / math.sqrt(3)), rel=1e-3)
+
+
+def test_difference_on_the_same_seeds_has_the_interval_of_the_differences(tmp_path):
+    full = torch.randn(500, 1, generator=torch.Generator().manual_seed(0)).double()
+    own = full + 0.1 + 0.01 * torch.randn(500, 1, generator=torch.Generator().manual_seed(1)).double()
+    panel, truth = mean_panel(400), {"x": torch.zeros(1, 1)}
+    metric, reference = (panel.measure({"x": features}, truth)["mean"] for features in (own, full))
+    delta = difference(metric, reference)
+    half = mean_interval((own - full).flatten().numpy())[1]  # closed form of the paired difference of means
+    assert delta["value"] == pytest.approx((own - full).mean().item())
+    assert delta["high"] - delta["value"] == pytest.approx(half, rel=0.1) == delta["value"] - delta["low"]
+    assert metric.low < reference.high and delta["low"] > 0  # the intervals of the two overlap, yet they differ
+    images = noisy_digits(200, noise=20)
+    whole = quick().score(images, "digits", tmp_path)
+    assert difference(whole["fd_digits"], whole["fd_digits"]) == {"value": 0, "low": 0, "high": 0}
 
 
 def test_registration_can_be_repeated():
@@ -129,7 +169,12 @@ def test_registration_can_be_repeated():
 def test_reference_features_are_computed_once(tmp_path, monkeypatch):
     images, metrics, calls = noisy_digits(16, noise=30), quick(), []
     extract = type(metrics)._extract
-    monkeypatch.setattr(type(metrics), "_extract", lambda self, data: calls.append(len(data)) or extract(self, data))
+
+    def counted(self, data, device):
+        calls.append(len(data))
+        return extract(self, data, device)
+
+    monkeypatch.setattr(type(metrics), "_extract", counted)
     first = metrics.score(images, "digits", tmp_path)
     assert metrics.score(images, "digits", tmp_path) == first and calls == [16, 1797, 16]
     assert len(metrics.reference_hash("digits", tmp_path)) == 12 and calls == [16, 1797, 16]
@@ -149,6 +194,36 @@ def test_folder_of_the_same_images_is_the_same_reference(tmp_path):
 def test_reference_hash_names_the_extractor_too(tmp_path):
     names = {scorer("digits", version=version).reference_hash("digits", tmp_path) for version in (1, 2)}
     assert len(names) == 2 and scorer("none").reference_hash("digits", tmp_path) is None
+
+
+def test_weights_count_by_content_wherever_they_lie(tmp_path):
+    weights = data_root() / "dqbench" / "zoo" / "digits_classifier"
+    copy = shutil.copytree(weights, tmp_path / "copy")
+    zoo, moved = scorer("digits"), scorer("digits", weights=str(copy))
+    assert zoo.weights_hash() == moved.weights_hash() and scorer("none").weights_hash() is None
+    assert zoo.reference_hash("digits", tmp_path) == moved.reference_hash("digits", tmp_path)
+    (copy / "config.json").write_text((copy / "config.json").read_text() + "\n")
+    assert zoo.weights_hash() != moved.weights_hash()
+
+
+# device ---------------------------------------------------------------------------------------------------------------
+
+
+def test_features_are_computed_where_the_run_says(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # a GPU that runtime.device=cpu leaves alone
+    images, metrics = noisy_digits(16, noise=30), quick()
+    metrics.check("digits", 16)
+    metrics.score(images, "digits", tmp_path, device="cpu")
+    with pytest.raises(NotImplementedError, match="meta"):  # a device without data: nothing comes back from it
+        metrics.score(images, "digits", tmp_path, device="meta")
+
+
+@pytest.mark.gpu
+def test_features_of_a_gpu_are_those_of_the_cpu(tmp_path):
+    images, metrics = noisy_digits(64, noise=30), quick()
+    cpu, gpu = (metrics.score(images, "digits", tmp_path / name, device=name) for name in ("cpu", "cuda"))
+    for name in cpu:
+        assert gpu[name].value == pytest.approx(cpu[name].value, rel=1e-2, abs=1e-3), name
 
 
 # refusals ------------------------------------------------------------------------------------------------------------
@@ -370,7 +445,7 @@ def test_clean_frechet_distance_of_a_shift_is_its_squared_length():
 
 
 def test_metric_is_plain_data():
-    metric = Metric(1.0, 0.5, 1.5, 10, "e", "p", higher_is_better=False)
+    metric = Metric(1.0, 0.5, 1.5, 10, "e", "p", higher_is_better=False, resamples=(0.9, 1.1))
     assert metric.to_dict() == {
         "value": 1.0, "low": 0.5, "high": 1.5, "n": 10, "extractor": "e", "protocol": "p", "higher_is_better": False
     }  # fmt: skip

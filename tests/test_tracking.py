@@ -15,6 +15,7 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
+from dqbench.diagnostics import curves
 from dqbench.errors import UserError
 from dqbench.results import Row
 from dqbench.tracking import flat, has_key, track
@@ -84,12 +85,11 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
 
 
-def test_offline_run_holds_row_config_grid_and_curve(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+def test_offline_run_holds_row_config_and_grid(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     Image.new("L", (16, 16), 128).save(tmp_path / "grid.png")
     with track(config(tmp_path), "0123456789ab") as tracker:
         tracker.log_row(row("0123456789ab"))
         tracker.log_image("samples", tmp_path / "grid.png")
-        tracker.log_curve("noise error", [981, 961, 941], [0.1, 0.2, 0.4])
     assert capfd.readouterr() == ("", "")  # the terminal belongs to the run's own table
     (run,) = read_back(tmp_path)
     assert (run["run"].run_id, run["run"].run_group, run["run"].project) == ("0123456789ab", "sweep", "p")
@@ -98,9 +98,23 @@ def test_offline_run_holds_row_config_grid_and_curve(tmp_path: Path, capfd: pyte
     wanted |= {"cost/bops": 1.25e9, "timing/generate_s": 3.0, "status": "done"}
     assert {key: run["summary"].get(key) for key in wanted} == wanted
     assert (run["folder"] / "files" / run["summary"]["samples/path"]).is_file()
-    chart = json.loads((run["folder"] / "files" / run["summary"]["noise error_table/path"]).read_text())
-    assert chart["data"] == [[981, 0.1], [961, 0.2], [941, 0.4]]
     assert run["exit"] == 0
+
+
+def test_every_group_of_curves_is_a_chart(tmp_path: Path) -> None:
+    groups = {
+        "noise error": curves([980, 960], {"noise error": [0.1, 0.2]}),
+        "SNR": curves([980, 960], {"w4a4": [None, 2.0], "w4a8": [3.0, 4.0]}, log=True),
+    }
+    with track(config(tmp_path), "id") as tracker:
+        tracker.log_curves(groups)
+    (run,) = read_back(tmp_path)
+    tables = {}
+    for name in groups:
+        content = json.loads((run["folder"] / "files" / run["summary"][f"{name}_table/path"]).read_text())
+        tables[name] = sorted(tuple(row) for row in content["data"])
+    assert tables["noise error"] == [(960, "noise error", 0.2), (980, "noise error", 0.1)]
+    assert tables["SNR"] == [(960, "w4a4", 2.0), (960, "w4a8", 4.0), (980, "w4a8", 3.0)]
 
 
 def test_same_id_continues_and_an_error_is_marked_and_passed_on(tmp_path: Path) -> None:
@@ -131,7 +145,7 @@ from omegaconf import OmegaConf
 from dqbench.tracking import track
 cfg = OmegaConf.create({"tracking": {"_target_": "dqbench.tracking.NoTracking"}})
 with track(cfg, "id") as tracker:
-    tracker.log_image("samples", None); tracker.log_curve("c", [], []); tracker.log_row(None)
+    tracker.log_image("samples", None); tracker.log_curves({}); tracker.log_row(None)
 sys.exit("wandb" in sys.modules or "torch" in sys.modules)
 """
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

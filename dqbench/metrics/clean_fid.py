@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version as library_version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from torch.utils.data import Dataset, Subset
 
 from dqbench.errors import UserError
 from dqbench.metrics.base import Metric
-from dqbench.metrics.images import ArrayImages, device, extract
+from dqbench.metrics.images import ArrayImages, extract
 from dqbench.metrics.measure import Kind, Panel, Statistic, Values
 from dqbench.metrics.reference import Extraction, Reference, load_reference, open_reference
 from dqbench.metrics.weights import find_weights, hash_weights
@@ -74,32 +74,34 @@ class CleanFID:
     def check(self, reference: str | None, num_samples: int) -> None:
         """Raise UserError if anything is missing; ends with a trial on one real image."""
         self._panel(reference).check([LAYER], num_samples)
-        self._extract(Subset(open_reference(reference), [0]))
+        self._extract(Subset(open_reference(reference), [0]), "cpu")
 
-    def score(self, samples: np.ndarray, reference: str, cache_dir: Path) -> dict[str, Metric]:
+    def score(self, samples: np.ndarray, reference: str, cache_dir: Path, *, device: str = "cpu") -> dict[str, Metric]:
         """Every metric of uint8 images [N, H, W, C] (C: 1 or 3), read from `samples` one by one."""
-        features = self._extract(ArrayImages(samples))
-        return self._panel(reference).measure(features, self._reference(reference, cache_dir).features)
+        features = self._extract(ArrayImages(samples), device)
+        return self._panel(reference).measure(features, self._reference(reference, cache_dir, device).features)
 
-    def reference_hash(self, reference: str, cache_dir: Path) -> str:
-        return self._reference(reference, cache_dir).hash
+    def reference_hash(self, reference: str, cache_dir: Path, *, device: str = "cpu") -> str:
+        return self._reference(reference, cache_dir, device).hash
+
+    def weights_hash(self) -> str:
+        return hash_weights(self._weights())
 
     def _panel(self, reference: str | None) -> Panel:
         protocol = f"clean-fid {library_version('clean-fid')}, reference {reference}"
         return Panel(self.statistics, KINDS, WEIGHTS_FILE, protocol, self.seed)
 
-    def _reference(self, reference: str, cache_dir: Path) -> Reference:
-        identity: dict[str, Any] = {"extractor": "clean-fid", "version": self.version}
-        identity["weights"] = hash_weights(self._weights())
-        return load_reference(reference, Extraction(identity, self._extract), cache_dir)
+    def _reference(self, reference: str, cache_dir: Path, device: str) -> Reference:
+        identity = {"extractor": "clean-fid", "version": self.version, "weights": self.weights_hash()}
+        return load_reference(reference, Extraction(identity, partial(self._extract, device=device)), cache_dir)
 
     def _weights(self) -> Path:
         return find_weights(self.weights, HOME / WEIGHTS_FILE)
 
-    def _extract(self, images: Dataset) -> dict[str, Tensor]:
+    def _extract(self, images: Dataset, device: str) -> dict[str, Tensor]:
         """Features {layer: [N, 2048]} on the CPU."""
-        model = load_inception(self._weights()).to(device()).eval()
-        (features,) = extract(CleanResized(images), lambda batch: (model(batch),), self.batch_size)
+        model = load_inception(self._weights()).to(device).eval()
+        (features,) = extract(CleanResized(images), lambda batch: (model(batch),), self.batch_size, device)
         return {LAYER: features}
 
 

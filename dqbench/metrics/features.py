@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch_fidelity.utils import create_feature_extractor
 from dqbench.errors import UserError
 from dqbench.metrics.base import Metric
 from dqbench.metrics.extractors import register
-from dqbench.metrics.images import ArrayImages, device, extract
+from dqbench.metrics.images import ArrayImages, extract
 from dqbench.metrics.measure import Panel, Statistic
 from dqbench.metrics.reference import Extraction, Reference, load_reference, open_reference
 from dqbench.metrics.statistics import KINDS
@@ -44,37 +45,41 @@ class FeatureMetrics:
             raise UserError(f"no feature extractor {self.extractor!r}; known: {', '.join(FEATURE_EXTRACTORS_REGISTRY)}")
         layers = FEATURE_EXTRACTORS_REGISTRY[self.extractor].get_provided_features_list()
         self._panel(reference).check(layers, num_samples)
-        self._extract(Subset(open_reference(reference), [0]))
+        self._extract(Subset(open_reference(reference), [0]), "cpu")
 
-    def score(self, samples: np.ndarray, reference: str, cache_dir: Path) -> dict[str, Metric]:
+    def score(self, samples: np.ndarray, reference: str, cache_dir: Path, *, device: str = "cpu") -> dict[str, Metric]:
         """Every metric of uint8 images [N, H, W, C] (C: 1 or 3), read from `samples` one by one."""
-        features = self._extract(ArrayImages(samples))
-        return self._panel(reference).measure(features, self._reference(reference, cache_dir).features)
+        features = self._extract(ArrayImages(samples), device)
+        return self._panel(reference).measure(features, self._reference(reference, cache_dir, device).features)
 
-    def reference_hash(self, reference: str, cache_dir: Path) -> str:
-        return self._reference(reference, cache_dir).hash
+    def reference_hash(self, reference: str, cache_dir: Path, *, device: str = "cpu") -> str:
+        return self._reference(reference, cache_dir, device).hash
+
+    def weights_hash(self) -> str:
+        return hash_weights(self._weights())
 
     def _panel(self, reference: str | None) -> Panel:
         protocol = f"torch-fidelity {torch_fidelity.__version__}, reference {reference}"
         return Panel(self.statistics, KINDS, self.extractor, protocol, self.seed)
 
-    def _reference(self, reference: str, cache_dir: Path) -> Reference:
-        return load_reference(reference, Extraction(self._identity(), self._extract), cache_dir)
+    def _reference(self, reference: str, cache_dir: Path, device: str) -> Reference:
+        extraction = Extraction(self._identity(), partial(self._extract, device=device))
+        return load_reference(reference, extraction, cache_dir)
 
     def _identity(self) -> dict[str, Any]:
         identity = {"extractor": self.extractor, "version": self.version, "layers": self._panel(None).layers}
-        return identity | {"weights": hash_weights(self._weights())}
+        return identity | {"weights": self.weights_hash()}
 
     def _weights(self) -> Path:
         return find_weights(self.weights, Path(torch.hub.get_dir()) / "checkpoints" / self.weights_file)
 
-    def _extract(self, images: Dataset) -> dict[str, Tensor]:
+    def _extract(self, images: Dataset, device: str) -> dict[str, Tensor]:
         """Features {layer: [N, D]} on the CPU."""
         register()
         layers, weights = self._panel(None).layers, str(self._weights())
-        arguments = {"cuda": device().type == "cuda", "verbose": False, "feature_extractor_weights_path": weights}
+        arguments = {"cuda": False, "verbose": False, "feature_extractor_weights_path": weights}
         try:
             extractor = create_feature_extractor(self.extractor, layers, **arguments)
         except UNREADABLE as error:
             raise UserError(f"{weights} does not hold weights of {self.extractor}: {type(error).__name__}") from error
-        return dict(zip(layers, extract(images, extractor, self.batch_size), strict=True))
+        return dict(zip(layers, extract(images, extractor.to(device), self.batch_size, device), strict=True))

@@ -29,13 +29,11 @@ class ArrayImages(Dataset):
 
 
 @torch.no_grad()
-def extract(images: Dataset, network: Callable[[Tensor], tuple[Tensor, ...]], batch_size: int) -> list[Tensor]:
-    """The outputs of `network` for all images, one tensor [N, D] on the CPU per output. Uses a GPU if there is one."""
+def extract(
+    images: Dataset, network: Callable[[Tensor], tuple[Tensor, ...]], batch_size: int, device: str
+) -> list[Tensor]:
+    """The outputs of `network`, which lies on `device`, for all images: one tensor [N, D] on the CPU per output."""
     batches = DataLoader(images, batch_size)
     shown = track(batches, "features of images", len(batches)) if len(batches) > 1 else batches
-    outputs = [network(batch.to(device())) for batch in shown]
+    outputs = [network(batch.to(device)) for batch in shown]
     return [torch.cat([part.cpu() for part in parts]) for parts in zip(*outputs, strict=True)]
-
-
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

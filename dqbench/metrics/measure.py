@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from dqbench.errors import UserError
-from dqbench.metrics.base import Z_95, Metric
+from dqbench.metrics.base import Metric, t_95
 from dqbench.metrics.guards import DegenerateSamples
 
 MIN_SAMPLES = 8  # fewer leave no neighborhoods, splits or intervals worth the name
@@ -77,34 +77,40 @@ class Panel:
             return kind.compute(features, prepared, **statistic.options)
 
         values = compute(features)
-        errors = standard_errors(compute, features, statistic.bootstrap, self.seed)
-        common = (len(features), f"{self.extractor}/{statistic.layer}", self._describe(statistic, len(reference)))
+        draws = resample(compute, features, statistic.bootstrap, self.seed)
+        common = {
+            "n": len(features),
+            "extractor": f"{self.extractor}/{statistic.layer}",
+            "protocol": self._describe(statistic, len(reference)),
+            "higher_is_better": kind.higher_is_better,
+        }
         return {
-            name: _metric(name, value, Z_95 * error, common, kind.higher_is_better)
-            for name, value, error in zip(statistic.names, values, errors, strict=True)
+            name: _metric(name, value, own, common)
+            for name, value, own in zip(statistic.names, values, draws.T, strict=True)
         }
 
     def _describe(self, statistic: Statistic, num_reference: int) -> str:
         options = "".join(f", {key} {value}" for key, value in statistic.options.items())
-        interval = f"interval +-1.96 standard errors of {statistic.bootstrap} bootstrap resamples"
+        interval = f"interval +-t standard errors, {statistic.bootstrap} bootstrap resamples"
         return f"{statistic.kind}{options}; {self.protocol} ({num_reference} images); {interval}"
 
 
-def standard_errors(compute: Callable[[Tensor], Values], features: Tensor, resamples: int, seed: int) -> list[float]:
-    """Standard error of each value of `compute(features)` when the samples are redrawn with replacement.
+def resample(compute: Callable[[Tensor], Values], features: Tensor, resamples: int, seed: int) -> np.ndarray:
+    """`compute` on samples redrawn with replacement: [resamples, values]. Sets of equal size redraw the same rows.
 
-    Intervals are the estimate +-1.96 of these. Percentiles of the redrawn values would not do: a resample repeats
-    samples, which biases distances upwards, so the estimate itself would lie below its own percentile interval.
+    Intervals are the estimate +-t of the draws' standard deviation, t Student's quantile: few draws estimate it
+    badly. Percentiles of the draws would not do: a resample repeats samples, which biases distances upwards, so the
+    estimate itself would lie below its own percentile interval.
     """
     rng = np.random.default_rng(seed)
-    draws = [compute(features[rng.integers(len(features), size=len(features))]) for _ in range(resamples)]
-    return np.std(draws, axis=0, ddof=1).tolist()
+    return np.array([compute(features[rng.integers(len(features), size=len(features))]) for _ in range(resamples)])
 
 
-def _metric(name: str, value: float, half: float, common: tuple[int, str, str], higher_is_better: bool) -> Metric:
+def _metric(name: str, value: float, draws: np.ndarray, common: Mapping[str, Any]) -> Metric:
+    half = t_95(len(draws)) * float(draws.std(ddof=1))
     if not (math.isfinite(value) and math.isfinite(half)):
         raise DegenerateSamples(f"{name} is not finite ({value} +- {half}): the samples' features do not allow it")
-    return Metric(value, value - half, value + half, *common, higher_is_better)
+    return Metric(value, value - half, value + half, **common, resamples=tuple(draws.tolist()))
 
 
 def _check_statistic(where: str, statistic: Statistic, kinds: Mapping[str, Kind], layers: Collection[str]) -> None:

@@ -11,14 +11,14 @@ from torch.nn import functional as F
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from dqbench.errors import UserError
-from dqbench.metrics.base import Z_95, Metric
+from dqbench.metrics.base import Metric, mean_interval
 
 BATCH = 256  # images read at a time
 GAUSSIAN_FROM = 16  # px: smaller images have too few full 11x11 windows
 
 
 def paired(images: np.ndarray, reference_images: np.ndarray) -> dict[str, Metric]:
-    """PSNR (dB), SSIM and cosine similarity of two uint8 arrays [N, H, W, C]; mean over images, interval +-1.96 s.e."""
+    """PSNR (dB), SSIM and cosine similarity of two uint8 arrays [N, H, W, C]; mean and t interval over images."""
     if images.shape != reference_images.shape:
         raise UserError(f"paired metrics need equal shapes, got {images.shape} and {reference_images.shape}")
     if len(images) < 2:
@@ -73,7 +73,6 @@ def _protocols(shape: tuple[int, int, int]) -> dict[str, str]:
 
 
 def _mean(values: Tensor, protocol: str) -> Metric:
-    values = values.double()
-    mean, half = values.mean().item(), Z_95 * values.std().item() / math.sqrt(len(values))
-    protocol = f"{protocol}; mean over images, interval +-1.96 standard errors"
+    mean, half = mean_interval(values.double().numpy())
+    protocol = f"{protocol}; mean and t interval over images"
     return Metric(mean, mean - half, mean + half, len(values), "pixels", protocol, higher_is_better=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 
 from dqbench.config import digest
@@ -26,7 +27,12 @@ def find_weights(weights: str | None, default: Path) -> Path:
 
 
 def hash_weights(path: Path) -> str:
-    """Hash of a weights file, or of the files of a weights folder that decide its outputs."""
+    """Hash of a weights file, or of the files of a weights folder that decide its outputs; read once per process."""
     if path.is_file():
-        return sha256(path)
-    return digest([sha256(path / name) for name in ("config.json", "model.safetensors")])
+        return _hash_once(path.resolve(), path.stat().st_size, path.stat().st_mtime_ns)
+    return digest([hash_weights(path / name) for name in ("config.json", "model.safetensors")])
+
+
+@lru_cache
+def _hash_once(path: Path, size: int, changed: int) -> str:
+    return sha256(path)

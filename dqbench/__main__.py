@@ -51,8 +51,7 @@ def _run(cfg: DictConfig, folder: Path) -> None:
         row = run(cfg, folder)
         tracker.log_row(row)
         tracker.log_image("samples", folder / "samples.png")
-        if row.diagnostics:
-            tracker.log_curve("noise error", row.diagnostics["timestep"], row.diagnostics["noise_error"])
+        tracker.log_curves(row.diagnostics)
 
 
 def reason(error: Exception) -> str:
@@ -77,12 +76,17 @@ def report() -> int:
     if rows:
         console = Console()
         show(rows, console)
-        single = len(folders) == 1
-        names = ("row.json", "samples.png") if single else (f"{len(rows)} of {len(folders)} rows",)
-        paths = [folders[0] / name for name in names] if single else [folders[0].parent / "*" / "row.json"]
-        for name, path in zip(names, paths, strict=True):
+        for name, path in results_of(folders, len(rows)).items():
             console.print(f"{name}: {path}", highlight=False, soft_wrap=True)
     return len(folders) - len(rows)
+
+
+def results_of(folders: list[Path], finished: int) -> dict[str, Path]:
+    """What is told about where the results are: files of a single run, the place of all rows of a sweep."""
+    if len(folders) > 1:
+        return {f"{finished} of {len(folders)} rows": folders[0].parent / "*" / "row.json"}
+    paths = [folders[0] / name for name in ("row.json", "samples.png", "curves.png")]
+    return {path.name: path for path in paths if path.exists()}
 
 
 @hydra.main(config_path=str(data_root() / "conf"), config_name="config", version_base="1.3")

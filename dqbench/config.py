@@ -205,13 +205,11 @@ def build(node: DictConfig) -> Any:
         raise UserError(line) from error
     values = {key: value for key, value in node.items() if not key.startswith("_")}
     parts = {key: build(value) for key, value in values.items() if OmegaConf.is_dict(value) and "_target_" in value}
+    checked = OmegaConf.structured(cls, flags={"allow_objects": True})
     try:
-        built = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), values))
+        return OmegaConf.to_object(OmegaConf.merge(checked, {**values, **parts}))
     except OmegaConfBaseException as error:
         raise UserError(explain(error, where)) from error
-    for key, part in parts.items():
-        setattr(built, key, part)
-    return built
 
 
 def compose(overrides: list[str]) -> DictConfig:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,50 +15,72 @@ import torch
 from diffusers import DiffusionPipeline
 from omegaconf import DictConfig, OmegaConf
 
-from dqbench import cost
-from dqbench.calibration import CalibrationSet, calibration_seeds, record_trajectory, select
-from dqbench.config import THROUGHPUT, build, compose, digest, identity, plain, run_id
-from dqbench.diagnostics import curve, mean_over_chains, noise_errors, save_grid
+from dqbench.calibration import CalibrationSet, calibration_seeds, named_seed, record_trajectory, select
+from dqbench.config import THROUGHPUT, build, compose, digest, plain, run_id
+from dqbench.diagnostics import noise_errors
 from dqbench.launching.checks import check
 from dqbench.launching.preflight import choose_device, preflight
 from dqbench.methods.fp32 import FP32
 from dqbench.metrics.guards import check_finite, check_samples
-from dqbench.metrics.paired import paired
 from dqbench.models import checkpoint_hash, denoiser, load, read_prompts
-from dqbench.provenance import provenance
-from dqbench.quant.attach import installed
+from dqbench.noise_statistics import collect, estimate
+from dqbench.provenance import stamp
 from dqbench.quant.checkpoint import load_denoiser, save_denoiser
+from dqbench.record import Stages, picture, record, write_json
+from dqbench.resources import full_float32, restart_peak, set_threads
 from dqbench.results import Row, finished
 from dqbench.sampling import generate, sample_seed, set_sampler, to_uint8
-from dqbench.shards import Shards, fill
+from dqbench.shards import Shards, fill, save_array
 from dqbench.sources import replace_source
-from dqbench.stages import Artifact, Store, checksums
+from dqbench.stages import Artifact, Store, checksums, taking_turns
 
-SMALL = 10_000_000  # parameters: below, threads wait for each other longer than they compute
 PROBE_CHAINS = 64  # scored seeds along whose full-precision trajectory the error of the predicted noise is measured
 
 
 def run(cfg: DictConfig, folder: Path | None = None) -> Row:
     """One cell: from its resolved config to its row. What other cells have computed already is read, not computed.
 
-    `folder`, where given, gets the picture of samples and then the row.
+    `folder`, where given, gets the pictures and then the row.
     """
+    restart_peak()
     cell = Cell(cfg)
     calib = cell.calibrate()
     quantized = cell.quantize(calib)
-    reference, samples = cell.generate(cell.full_precision), cell.generate(quantized)
-    row = cell.row(calib, quantized, samples, reference)
+    samples, reference = cell.generate(quantized), cell.generate(cell.full_precision)
+    scores, reference_scores = cell.score(samples), cell.score(reference)
+    errors = cell.noise_error(quantized)
+    stages = Stages(calib, quantized, samples, reference, scores, reference_scores, errors)
+    row = record(cell, stages)
     if folder is not None:
-        cell.picture(samples, reference, folder / "samples.png")
+        picture(row, stages, folder)
         row.write(folder)
     return row
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """A quantized denoiser on disk; None stands for full precision."""
+    """A quantized denoiser on disk, and the statistics that correct the sampler for it; full precision has neither."""
 
-    artifact: Artifact | None
+    base: Artifact | None = None
+    refined: Artifact | None = None  # what a method that builds on a base made of it
+    statistics: Artifact | None = None
+    correction: str | None = None  # digest of how the statistics are used
+
+    @property
+    def denoiser(self) -> Artifact | None:
+        """The last one."""
+        return self.refined or self.base
+
+    @property
+    def parts(self) -> dict[str, Artifact]:
+        """The artifacts it consists of, by name."""
+        named = {"quantized": self.base, "refined": self.refined, "statistics": self.statistics}
+        return {name: part for name, part in named.items() if part is not None}
+
+    @property
+    def key(self) -> list[str | None]:
+        """What its samples depend on."""
+        return [self.denoiser and self.denoiser.key, self.statistics and self.statistics.key, self.correction]
 
 
 @dataclass
@@ -76,23 +96,28 @@ class Cell:
             OmegaConf.to_object(self.cfg[key]) for key in ("model", "sampler", "calib", "bits")
         )
         self.method, self.metrics = build(self.cfg.method), build(self.cfg.metrics)
-        self.store = Store(Path(self.cfg.paths.cache))
-        self.seed, self.full_precision = self.cfg.seed, Quantized(None)
+        self.seed, self.full_precision = self.cfg.seed, Quantized()
         self.metrics.check(self.model.data, self.sampler.num_samples)
-        preflight(self.model, self.sampler, self.cfg.runtime.device)
+        scheduler = preflight(self.model, self.sampler, self.cfg.runtime.device)
+        for method in (self.method, getattr(self.method, "base", None)):
+            if hasattr(method, "check"):
+                method.check(scheduler)
+        self._loaded: tuple[Quantized, DiffusionPipeline] | None = None
 
     @cached_property
     def device(self) -> str:
         return choose_device(self.cfg.runtime.device)
 
     @cached_property
+    def store(self) -> Store:
+        return Store(Path(self.cfg.paths.cache), lambda: stamp(self.device))
+
+    @cached_property
     def pipe(self) -> DiffusionPipeline:
         """The full-precision pipeline under the cell's sampler; loaded when a stage first needs it."""
+        full_float32()
         pipe = set_sampler(load(self.model, self.device), self.sampler)
-        if self.cfg.runtime.threads:
-            torch.set_num_threads(self.cfg.runtime.threads)
-        elif sum(parameter.numel() for parameter in denoiser(pipe).parameters()) < SMALL:
-            torch.set_num_threads(1)
+        set_threads(self.cfg.runtime.threads, denoiser(pipe))
         return pipe
 
     @cached_property
@@ -129,27 +154,86 @@ class Cell:
             if self.calib.source != "trajectory":
                 replace_source(self.pipe, self.calib, self.seed, folder)
 
-        depends = {"trajectory": source.key, "calib": plain(self.cfg.calib), "data": self.data_hash, "seed": self.seed}
+        picked = {key: value for key, value in plain(self.cfg.calib).items() if key != "batch_size"}
+        depends = {"trajectory": source.key, "calib": picked, "data": self.data_hash, "seed": self.seed}
         artifact = self.store.get("calibration", depends, produce)
-        return replace(artifact, seconds=source.seconds + artifact.seconds)
+        return replace(
+            artifact, seconds=source.seconds + artifact.seconds, resumed=source.resumed or artifact.resumed
+        )
 
     def quantize(self, calib: Artifact | None) -> Quantized:
-        """The method's denoiser."""
+        """The method's denoiser; where a method builds on another, that one's (shared), refined and corrected."""
         if calib is None:
             return self.full_precision
+        if not hasattr(self.method, "base"):
+            return Quantized(self.network(calib, self.cfg.method, self.method))
+        base = self.network(calib, self.cfg.method.base, self.method.base)
+        refined = self.refine(base, calib) if self.method.refining else None
+        last = refined or base
+        if not self.method.correcting:
+            return Quantized(base, refined)
+        return Quantized(base, refined, self.statistics(last), digest(self.method.correcting))
+
+    def refine(self, base: Artifact, calib: Artifact) -> Artifact:
+        """The base's denoiser as the method changes it."""
+        depends = {**self.origin, "base": base.key, "method": self.method.refining}
+
+        def make(rows: CalibrationSet) -> DiffusionPipeline:
+            return self.method.refine(self.pipe, self.load(Quantized(base)), rows, self.bits)
+
+        return self.artifact(depends, make, calib)
+
+    def network(self, calib: Artifact, node: DictConfig, method: Any) -> Artifact:
+        """The denoiser that one method makes of the full-precision one."""
+        patterns = ("units", "official_order", "shortcuts", "time_embedding")
+        family = {key: plain(self.cfg.model)[key] for key in patterns}
+        depends = {**self.origin, "family": family, "method": plain(node)}
+        return self.artifact(depends, lambda rows: method(self.pipe, rows, self.bits), calib)
+
+    def artifact(
+        self, depends: dict[str, Any], make: Callable[[CalibrationSet], DiffusionPipeline], calib: Artifact
+    ) -> Artifact:
+        """The denoiser that `make` returns for the calibration set."""
+        size = self.calib.batch_size
 
         def produce(folder: Path) -> None:
-            quantized = self.method(self.pipe, CalibrationSet.open(calib.folder, self.seed), self.bits)
-            save_denoiser(quantized, folder)
+            rows = CalibrationSet.open(calib.folder, self.seed, size, getattr(torch, self.model.dtype))
+            save_denoiser(make(rows), folder)
 
-        parts = ("method", "bits")
-        family = {key: plain(self.cfg.model)[key] for key in ("units", "official_order", "shortcuts", "time_embedding")}
-        depends = {**self.origin, "calibration": calib.key, "family": family}
-        return Quantized(self.store.get("quantized", depends | {key: plain(self.cfg[key]) for key in parts}, produce))
+        depends = {**depends, "calibration": calib.key, "calibration_batch": size, "bits": plain(self.cfg.bits)}
+        return self.store.get("quantized", depends, produce)
+
+    def statistics(self, quantized: Artifact) -> Artifact:
+        """How a quantized denoiser's predicted noise differs from full precision's, along chains of its own."""
+
+        def produce(folder: Path) -> None:
+            student = self.load(Quantized(quantized))
+            collect(self.pipe, student, self.sampler, self.method.chains, self.statistics_seeds, folder)
+
+        depends = {**self.origin, "quantized": quantized.key, "chains": self.method.chains}
+        return self.store.get("statistics", depends, produce)
+
+    def statistics_seeds(self, rows: range) -> list[int]:
+        """Of chains that neither calibrate nor are scored."""
+        return [named_seed(f"noise statistics/{i}", self.seed) for i in rows]
+
+    def diagnostics(self, quantized: Quantized) -> dict[str, Any]:
+        """Groups of curves that the method has to show beside its numbers."""
+        shown = dict(getattr(denoiser(self.load(quantized)), "diagnostics", {}))
+        if quantized.statistics is not None:
+            shown |= self.method.curves(self.pipe, estimate(quantized.statistics.folder, self.method.estimator))
+        return shown
 
     def load(self, quantized: Quantized) -> DiffusionPipeline:
-        """The pipeline that a stage's denoiser belongs to."""
-        return load_denoiser(self.pipe, quantized.artifact.folder) if quantized.artifact else self.pipe
+        """The pipeline that a stage's denoiser belongs to, kept until another one is asked for."""
+        if quantized.denoiser is None:
+            return self.pipe
+        if self._loaded is None or self._loaded[0] != quantized:
+            pipe = load_denoiser(self.pipe, quantized.denoiser.folder)
+            if quantized.statistics is not None:
+                pipe = self.method.correct(pipe, estimate(quantized.statistics.folder, self.method.estimator))
+            self._loaded = (quantized, pipe)
+        return self._loaded[1]
 
     def generate(self, quantized: Quantized) -> Artifact:
         """uint8 samples [N, H, W, C] in shards; sample i depends on its seed alone."""
@@ -157,7 +241,7 @@ class Cell:
 
         def produce(folder: Path) -> None:
             pipe = self.load(quantized)
-            title = "quantized samples" if quantized.artifact else "fp32 samples"
+            title = "quantized samples" if quantized.denoiser else "fp32 samples"
 
             def batch(rows: range) -> dict[str, np.ndarray]:
                 images = generate(pipe, self.sampler, [sample_seed(self.seed, i) for i in rows], rows)
@@ -167,20 +251,30 @@ class Cell:
             fill(folder, count, self.sampler.batch_size, batch, title)
             check_samples(Shards(folder, "sample").read())
 
-        key = quantized.artifact.key if quantized.artifact else None
-        return self.store.get("samples", {**self.origin, "quantized": key, "num_samples": count}, produce)
+        return self.store.get("samples", {**self.origin, "quantized": quantized.key, "num_samples": count}, produce)
 
     def score(self, samples: Artifact) -> Artifact:
         """The metrics of a sample set against real data."""
 
         def produce(folder: Path) -> None:
             images = Shards(samples.folder, "sample").read()
-            scores = self.metrics.score(images, self.model.data, self.references)
-            write_json(folder / "metrics.json", {name: metric.to_dict() for name, metric in scores.items()})
+            scores = self.metrics.score(images, self.model.data, self.references, device=self.device)
+            write_json(folder / "metrics.json", {name: asdict(metric) for name, metric in scores.items()})
 
-        reference = self.metrics.reference_hash(self.model.data, self.references)
-        depends = {"samples": samples.key, "metrics": plain(self.cfg.metrics), "reference": reference}
-        return self.store.get("scores", depends, produce)
+        unhashed = (*THROUGHPUT["metrics"], "weights")
+        metrics = {key: value for key, value in plain(self.cfg.metrics).items() if key not in unhashed}
+        depends = {"samples": samples.key, "metrics": metrics, "weights": self.metrics.weights_hash()}
+        return self.store.get("scores", {**depends, "reference": self.reference_hash}, produce)
+
+    @cached_property
+    def reference_hash(self) -> str | None:
+        """Of the statistics of real data that samples are scored against."""
+        return self.metrics.reference_hash(self.model.data, self.references, device=self.device)
+
+    @property
+    def references(self) -> Path:
+        """Where statistics of real data are kept."""
+        return self.store.root / "reference"
 
     @cached_property
     def data_hash(self) -> str | None:
@@ -190,95 +284,21 @@ class Cell:
         folder = Path(self.model.data).expanduser()
         return digest(checksums(folder)) if folder.is_dir() else self.model.data
 
-    @property
-    def references(self) -> Path:
-        """Where statistics of real data are kept."""
-        return self.store.root / "reference"
+    def noise_error(self, quantized: Quantized) -> Artifact | None:
+        """||eps_q - eps|| / ||eps|| along full-precision sampling of the first scored seeds; None for full precision.
 
-    def noise_error(self, quantized: Quantized) -> Artifact:
-        """The relative error of the predicted noise along the full-precision trajectory of the first scored seeds."""
+        Of the network's own output: neither guided nor corrected by the sampler.
+        """
+        if quantized.denoiser is None:
+            return None
         probe = self.trajectory(min(PROBE_CHAINS, self.sampler.num_samples), "probe")
 
         def produce(folder: Path) -> None:
             errors = noise_errors(self.load(quantized), probe.folder)
-            steps = Shards(probe.folder, "timestep")[0][0]
-            write_json(
-                folder / "errors.json", {"mean": mean_over_chains(errors).to_dict(), "curve": curve(errors, steps)}
-            )
+            save_array(folder / "errors.npy", errors)
+            save_array(folder / "timestep.npy", Shards(probe.folder, "timestep")[0][0])
 
-        return self.store.get("noise_error", {"probe": probe.key, "quantized": quantized.artifact.key}, produce)
-
-    def row(self, calib: Artifact | None, quantized: Quantized, samples: Artifact, reference: Artifact) -> Row:
-        """Score, compare, bill; the sample grid is written beside the row."""
-        scores = {part: self.score(part) for part in (samples, reference)}
-        paired_metrics, diagnostics = self.compare(quantized, samples, reference)
-        return Row(
-            run_id=run_id(self.cfg),
-            config=identity(self.cfg),
-            metrics=read_json(scores[samples].folder / "metrics.json"),
-            reference=read_json(scores[reference].folder / "metrics.json"),
-            paired=paired_metrics,
-            cost=self.cost(quantized),
-            timing=self.timing(calib, quantized, samples, scores[samples]),
-            provenance=provenance(
-                self.device,
-                self.model.dtype,
-                self.origin["checkpoint"],
-                self.metrics.reference_hash(self.model.data, self.references),
-            ),
-            diagnostics=diagnostics,
-        )
-
-    def compare(
-        self, quantized: Quantized, samples: Artifact, reference: Artifact
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """(paired metrics, per-step curve) against full precision on the same seeds; both empty for full precision."""
-        if quantized.artifact is None:
-            return {}, {}
-        metrics = paired(*(Shards(part.folder, "sample").read() for part in (samples, reference)))
-        errors = read_json(self.noise_error(quantized).folder / "errors.json")
-        return {**{name: metric.to_dict() for name, metric in metrics.items()}, "noise_error": errors["mean"]}, errors[
-            "curve"
-        ]
-
-    def cost(self, quantized: Quantized) -> dict[str, Any]:
-        """The bill of the denoiser as it was really quantized."""
-        network = denoiser(self.load(quantized))
-        plan, bits = installed(network, self.bits)
-        return asdict(cost.cost(cost.layers(denoiser(self.pipe), self.model.inputs), plan, bits))
-
-    def picture(self, samples: Artifact, reference: Artifact, path: Path) -> None:
-        """The first samples as a PNG: full precision above, quantized below."""
-        full, own = (Shards(part.folder, "sample").read() for part in (reference, samples))
-        save_grid(full, own if samples.folder != reference.folder else None, path)
-
-    def timing(
-        self, calib: Artifact | None, quantized: Quantized, samples: Artifact, scores: Artifact
-    ) -> dict[str, float]:
-        """Seconds each stage took when it was computed, by this cell or by the one that shares it."""
-        return {
-            "calibrate_s": calib.seconds if calib else 0.0,
-            "quantize_s": quantized.artifact.seconds if quantized.artifact else 0.0,
-            "generate_s": samples.seconds,
-            "score_s": scores.seconds,
-            "peak_memory_bytes": peak_memory(),
-        }
-
-
-def peak_memory() -> int:
-    """Peak resident bytes of this process, on the GPU plus on the host."""
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return host + (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
-
-
-def read_json(path: Path) -> Any:
-    """The content of a JSON file."""
-    return json.loads(path.read_text())
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON; an artifact's folder becomes visible only when complete, so this need not be atomic."""
-    path.write_text(json.dumps(content, allow_nan=False))
+        return self.store.get("noise_error", {"probe": probe.key, "quantized": quantized.denoiser.key}, produce)
 
 
 class _Callable(ModuleType):
@@ -288,10 +308,11 @@ class _Callable(ModuleType):
         """One cell, as `python -m dqbench` with these overrides; a finished row is read, not computed again."""
         cfg = compose(list(overrides))
         folder = Path(cfg.paths.results) / "runs" / run_id(cfg)
-        if (row := finished(folder)) is not None and not cfg.runtime.force:
-            return row
-        folder.mkdir(parents=True, exist_ok=True)
-        return run(cfg, folder)
+        with taking_turns(Path(cfg.paths.cache), f"run-{folder.name}"):
+            if (row := finished(folder)) is not None and not cfg.runtime.force:
+                return row
+            folder.mkdir(parents=True, exist_ok=True)
+            return run(cfg, folder)
 
 
 sys.modules[__name__].__class__ = _Callable

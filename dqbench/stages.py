@@ -25,6 +25,16 @@ from dqbench.results import atomic_write
 
 log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
+VERSIONS = {  # part of every key: bumped when what a stage computes from the same input changes
+    "trajectory": 2,
+    "calibration": 2,
+    "quantized": 2,
+    "statistics": 1,
+    "samples": 2,
+    "scores": 3,
+    "noise_error": 2,
+    "features": 1,
+}
 _part: ContextVar[Path | None] = ContextVar("part", default=None)
 _verified: set[Path] = set()
 
@@ -37,16 +47,19 @@ class Artifact:
     key: str
     seconds: float
     resumed: bool  # an earlier, killed attempt had done a part, whose seconds are not counted
+    stamp: dict[str, Any]  # what built it: code, libraries, device
 
 
 @dataclass(frozen=True)
 class Store:
-    """The artifacts of all stages under one root folder."""
+    """The artifacts of all stages under one root folder; `stamp()` says what builds them."""
 
     root: Path
+    stamp: Callable[[], dict[str, Any]] = dict
 
     def get(self, stage: str, depends: dict[str, Any], produce: Callable[[Path], None]) -> Artifact:
         """The artifact of `stage` for `depends` (JSON-able); built by `produce(folder)` unless it is whole."""
+        depends = {"version": VERSIONS[stage], **depends}
         key = digest(depends)
         folder = self.root / stage / key
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -54,7 +67,7 @@ class Store:
             if not self._is_whole(folder):
                 self._produce(folder, depends, produce)
         manifest = json.loads((folder / MANIFEST).read_text())
-        return Artifact(folder, key, manifest["seconds"], manifest["resumed"])
+        return Artifact(folder, key, manifest["seconds"], manifest["resumed"], manifest["stamp"])
 
     def _is_whole(self, folder: Path) -> bool:
         if folder in _verified or not folder.exists():
@@ -76,7 +89,8 @@ class Store:
             produce(part)
         shutil.rmtree(part / "scratch", ignore_errors=True)
         seconds = round(time.perf_counter() - started, 3)
-        content = {"depends": depends, "seconds": seconds, "resumed": resumed, "files": checksums(part)}
+        content = {"depends": depends, "seconds": seconds, "resumed": resumed, "stamp": self.stamp()}
+        content["files"] = checksums(part)
         atomic_write(part / MANIFEST, json.dumps(content, indent=1, sort_keys=True))
         part.rename(folder)
         _verified.add(folder)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from omegaconf import OmegaConf
 
+from dqbench.config import compose
 from dqbench.errors import UserError
 from dqbench.launching.preflight import check_call
-from dqbench.models import anatomy, clone, conditions, denoiser, load, resolve
+from dqbench.models import anatomy, architecture, clone, conditions, denoiser, input_shapes, load, resolve
 from tests.tiny import ddim, pipeline
 
 
@@ -50,3 +52,18 @@ def test_settings_that_a_pipeline_would_drop_are_refused():
     for model, sampler in ((family, ddim(guidance=7.5)), (replace(family, num_classes=10), ddim())):
         with pytest.raises(UserError, match="has no effect"):
             check_call(model, sampler)
+
+
+def test_a_bill_takes_sizes_from_the_checkpoint_not_from_the_preset_it_borrows():
+    model = OmegaConf.to_object(compose(["model=sd14"]).model)
+    shapes = input_shapes(model, {"sample_size": 32, "in_channels": 9, "cross_attention_dim": 1024})
+    assert shapes == {"sample": [9, 32, 32], "encoder_hidden_states": [77, 1024]}
+    assert input_shapes(model, {}) == {name: list(shape) for name, shape in model.inputs.items()}
+
+
+def test_the_folders_own_architecture_comes_before_the_presets(tmp_path):
+    pipeline().save_pretrained(tmp_path)
+    own = OmegaConf.to_object(compose(["model=ddpm_cifar10", f"model.path={tmp_path}"]).model)
+    assert architecture(own)["sample_size"] == 8
+    absent = OmegaConf.to_object(compose(["model=ldm4_imagenet"]).model)
+    assert architecture(absent)["sample_size"] == 64

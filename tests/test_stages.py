@@ -13,7 +13,7 @@ import pytest
 
 from dqbench import stages
 from dqbench.shards import Shards, create_array, fill, missing, save_array
-from dqbench.stages import MANIFEST, Store, find_damage, scratch, taking_turns
+from dqbench.stages import VERSIONS, MANIFEST, Store, find_damage, scratch, taking_turns
 
 
 @pytest.fixture
@@ -31,16 +31,31 @@ def never(folder: Path) -> None:
 
 
 def test_an_artifact_is_built_once_and_named_by_what_it_depends_on(store: Store) -> None:
-    first = store.get("stage", {"a": 1, "b": 2}, write)
-    again = store.get("stage", {"b": 2, "a": 1}, never)
+    first = store.get("samples", {"a": 1, "b": 2}, write)
+    again = store.get("samples", {"b": 2, "a": 1}, never)
     assert again == first and (first.folder / "content.txt").read_text() == "what was computed"
-    assert store.get("stage", {"a": 1, "b": 3}, write).key != first.key
-    assert json.loads((first.folder / MANIFEST).read_text())["depends"] == {"a": 1, "b": 2}
+    assert store.get("samples", {"a": 1, "b": 3}, write).key != first.key
+    assert json.loads((first.folder / MANIFEST).read_text())["depends"] == {
+        "version": VERSIONS["samples"],
+        "a": 1,
+        "b": 2,
+    }
+
+
+def test_a_stage_whose_numbers_change_gets_new_keys(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = store.get("samples", {}, write)
+    monkeypatch.setitem(VERSIONS, "samples", VERSIONS["samples"] + 1)
+    assert store.get("samples", {}, write).key != before.key
+
+
+def test_an_artifact_says_what_built_it_whoever_reads_it(store: Store) -> None:
+    Store(store.root, lambda: {"git_commit": "then"}).get("samples", {}, write)
+    assert Store(store.root, lambda: {"git_commit": "now"}).get("samples", {}, never).stamp == {"git_commit": "then"}
 
 
 @pytest.mark.parametrize("damage", ["altered", "truncated", "deleted", "no manifest", "bad manifest"])
 def test_a_damaged_artifact_is_built_again(damage: str, store: Store, caplog: pytest.LogCaptureFixture) -> None:
-    folder = store.get("stage", {}, write).folder
+    folder = store.get("samples", {}, write).folder
     file = folder / "content.txt"
     {
         "altered": lambda: file.write_text("what was compared"),
@@ -52,7 +67,7 @@ def test_a_damaged_artifact_is_built_again(damage: str, store: Store, caplog: py
     assert find_damage(folder)
     stages._verified.clear()
     with caplog.at_level(logging.WARNING):
-        store.get("stage", {}, write)
+        store.get("samples", {}, write)
     assert file.read_text() == "what was computed" and find_damage(folder) is None
     assert "is damaged" in caplog.text and "building it again" in caplog.text
 
@@ -69,9 +84,9 @@ def test_a_failed_attempt_is_no_artifact_and_the_next_one_finds_its_scratch(stor
         write(folder)
 
     with pytest.raises(OSError, match="full"):
-        store.get("stage", {}, fail)
-    assert not [path for path in (store.root / "stage").iterdir() if path.suffix != ".part"]
-    artifact = store.get("stage", {}, resume)
+        store.get("samples", {}, fail)
+    assert not [path for path in (store.root / "samples").iterdir() if path.suffix != ".part"]
+    artifact = store.get("samples", {}, resume)
     assert artifact.resumed and {path.name for path in artifact.folder.iterdir()} == {"content.txt", MANIFEST}
     assert scratch("units") is None, "outside a stage nothing is kept"
 
@@ -90,14 +105,14 @@ def test_the_second_to_ask_waits_and_finds_it_done(store: Store, caplog: pytest.
 
     handler = Telling()
     logging.getLogger("dqbench.stages").addHandler(handler)
-    first = threading.Thread(target=store.get, args=("stage", {}, slow))
+    first = threading.Thread(target=store.get, args=("samples", {}, slow))
     first.start()
     assert started.wait(30)
     with caplog.at_level(logging.INFO):
-        store.get("stage", {}, never)
+        store.get("samples", {}, never)
     first.join()
     logging.getLogger("dqbench.stages").removeHandler(handler)
-    assert "waiting: another process works on stage-" in caplog.text
+    assert "waiting: another process works on samples-" in caplog.text
 
 
 def test_a_lock_is_free_after_an_error(tmp_path: Path) -> None:

@@ -14,15 +14,18 @@ from dqbench.errors import UserError
 WEIGHTS = ("*.safetensors", "*.bin")
 
 
-def preflight(model: Model, sampler: Sampler, device: str) -> None:
-    """Raise UserError where the cell could not start. Reads headers only; fetches a hub checkpoint that is not here."""
+def preflight(model: Model, sampler: Sampler, device: str) -> Any:
+    """The sampler's scheduler on the checkpoint's noise schedule; UserError where the cell could not start.
+
+    Reads headers only; fetches a hub checkpoint that is not here.
+    """
     from dqbench.models import snapshot
 
     choose_device(device)
     check_call(model, sampler)
     folder = Path(snapshot(model))
-    check_scheduler(folder, model, sampler)
     check_weights(folder, model)
+    return scheduler_of(folder, model, sampler)
 
 
 def check_call(model: Model, sampler: Sampler) -> None:
@@ -61,15 +64,15 @@ def choose_device(wanted: str) -> str:
     return wanted
 
 
-def check_scheduler(folder: Path, model: Model, sampler: Sampler) -> None:
-    """Raise UserError where the sampler does not go with the checkpoint's noise schedule."""
+def scheduler_of(folder: Path, model: Model, sampler: Sampler) -> Any:
+    """The sampler's scheduler; UserError where the sampler does not go with the checkpoint's noise schedule."""
     from dqbench.schedulers import make_scheduler
 
     components = read_json(folder / "model_index.json")
     if "scheduler" not in components or model.denoiser not in components:
         file = folder / "model_index.json"
         raise UserError(f"{file} names no scheduler or no {model.denoiser}; model.denoiser must be one of its parts")
-    make_scheduler(read_json(folder / "scheduler" / "scheduler_config.json"), sampler)
+    return make_scheduler(read_json(folder / "scheduler" / "scheduler_config.json"), sampler)
 
 
 def check_weights(folder: Path, model: Model) -> None:

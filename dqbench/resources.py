@@ -1,0 +1,46 @@
+"""What a cell may use and has used: threads, memory."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from torch import nn
+
+SMALL = 10_000_000  # parameters: below, threads wait for each other longer than they compute
+ALL_THREADS = torch.get_num_threads()  # what torch chose when the process began
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def set_threads(wanted: int | None, network: nn.Module) -> None:
+    """Use `wanted` CPU threads; None: one for a small network, else what torch chose when the process began."""
+    small = sum(parameter.numel() for parameter in network.parameters()) < SMALL
+    torch.set_num_threads(wanted or (1 if small else ALL_THREADS))
+
+
+def full_float32() -> None:
+    """Multiply and convolve float32 in full precision on a GPU: TF32's 10-bit mantissa would enter every comparison."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+
+def restart_peak() -> None:
+    """Let peak_memory() start anew, on the host where the kernel can (Linux)."""
+    with suppress(OSError):
+        CLEAR.write_text("5")
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_memory() -> int:
+    """Peak bytes since restart_peak() on GPU and host together; the host's, except on Linux, of the whole process."""
+    return host_peak() + (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
+
+
+def host_peak() -> int:
+    """The host's share of peak_memory()."""
+    if STATUS.exists():
+        return 1024 * next(int(line.split()[1]) for line in STATUS.open() if line.startswith("VmHWM"))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -28,10 +28,11 @@ OTHER = "norms and other parameters"
 CONVENTION = (
     "BOPs = sum over conv and linear layers of MACs x weight bits x activation bits, full precision 32 x 32; "
     "attention matmuls excluded (bops_with_attention adds QK^T at attention x attention bits and softmax V at "
-    "softmax x attention bits); one denoiser forward, batch 1, no guidance doubling; size = all parameters of the "
+    "softmax x attention bits); where activation bits vary over the steps their mean counts; one denoiser forward, batch 1, no guidance doubling; size = all parameters of the "
     "denoiser, 32 bits where not quantized (biases and norms always), plus per quantization group of weights and "
     "activations a 32-bit scale and a zero point of the quantizer's own width, every tensor rounded up to whole "
-    "bytes; bits per weight = that over the quantized weights alone; MB = 10^6 bytes"
+    "bytes; bits per weight = that over the quantized weights alone; bits per activation = stored bits of the layers' "
+    "inputs, weighted by MACs; a layer that a cache replaces counts no BOPs and no bytes but the cache's; MB = 10^6 bytes"
 )
 
 
@@ -64,6 +65,7 @@ class Cost:
     size_bytes: int
     size_bytes_fp32: int
     bits_per_weight: float
+    bits_per_act: float
     convention: str
 
 
@@ -91,12 +93,16 @@ def of_layer(name: str, kind: str, macs: int, layer: nn.Module | None) -> LayerC
     return LayerCost(name, kind, macs, weights, total - weights)
 
 
-def cost(layers: Sequence[LayerCost], plan: Plan, bits: Bits) -> Cost:
-    """The totals; `bits` gives the widths of the attention matmuls, `plan` those of the layers."""
+def cost(layers: Sequence[LayerCost], plan: Plan, bits: Bits, attention_groups: int = 1) -> Cost:
+    """The totals; `bits` gives the widths of the attention matmuls, `plan` those of the layers.
+
+    attention_groups: scales of each quantizer at the attention matmuls.
+    """
     matmuls = [layer for layer in layers if is_attention(layer)]
     products = [layer for layer in layers if not is_attention(layer)]
-    chosen = [layer for layer in products if layer.name in plan and plan[layer.name].weight < 32] or products
+    chosen = [layer for layer in products if layer.name in plan and 0 < plan[layer.name].weight < 32] or products
     weights = sum(layer.weights for layer in chosen)
+    acts = [layer for layer in products if layer.macs and layer.name in plan and plan[layer.name].act]
     macs, macs_attention = sum(layer.macs for layer in products), sum(layer.macs for layer in matmuls)
     bops, bops_attention = (sum(bops_of(layer, plan, bits) for layer in part) for part in (products, matmuls))
     return Cost(
@@ -107,11 +113,19 @@ def cost(layers: Sequence[LayerCost], plan: Plan, bits: Bits) -> Cost:
         bops_fp32=macs * 32 * 32,
         bops_with_attention=round(bops + bops_attention),
         bops_fp32_with_attention=(macs + macs_attention) * 32 * 32,
-        size_bytes=sum(bytes_of(layer, plan, bits) for layer in layers),
+        size_bytes=sum(bytes_of(layer, plan, bits, attention_groups) for layer in layers),
         size_bytes_fp32=sum(4 * layer.params for layer in layers),
         bits_per_weight=8 * sum(weight_bytes(layer, plan) for layer in chosen) / weights,
+        bits_per_act=mean_act_bits(acts, plan),
         convention=CONVENTION,
     )
+
+
+def mean_act_bits(layers: Sequence[LayerCost], plan: Plan) -> float:
+    """Stored bits per element of the inputs of planned layers, weighted by the MACs that read them; 32 without any."""
+    macs = sum(layer.macs for layer in layers)
+    stored = sum(layer.macs * (plan[layer.name].act + plan[layer.name].act_overhead_bits) for layer in layers)
+    return stored / macs if macs else 32.0
 
 
 def is_attention(layer: LayerCost) -> bool:
@@ -134,12 +148,14 @@ def bops_of(layer: LayerCost, plan: Plan, bits: Bits) -> float:
     return layer.macs * left * right
 
 
-def bytes_of(layer: LayerCost, plan: Plan, bits: Bits) -> int:
+def bytes_of(layer: LayerCost, plan: Plan, bits: Bits, attention_groups: int = 1) -> int:
     """Bytes stored for a layer: weight, biases, and the parameters of its quantizers."""
     if is_attention(layer):
-        return sum(qparam_bytes(1, width) for width in widths_of(layer, plan, bits))
-    act = qparam_bytes(plan[layer.name].act_groups, plan[layer.name].act) if layer.name in plan else 0
-    return weight_bytes(layer, plan) + 4 * layer.others + act
+        return sum(qparam_bytes(attention_groups, width) for width in widths_of(layer, plan, bits))
+    own = plan.get(layer.name)
+    act = qparam_bytes(own.act_groups, own.act) if own else 0
+    others = 0 if own and own.weight == 0 else 4 * layer.others
+    return weight_bytes(layer, plan) + others + act
 
 
 def weight_bytes(layer: LayerCost, plan: Plan) -> int:

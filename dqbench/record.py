@@ -17,6 +17,7 @@ from dqbench.metrics.paired import paired
 from dqbench.models import denoiser, input_shapes
 from dqbench.provenance import provenance, stamp
 from dqbench.quant.attach import installed
+from dqbench.quant.attention import attention_groups
 from dqbench.resources import peak_memory
 from dqbench.results import Row
 from dqbench.shards import Shards
@@ -89,9 +90,10 @@ def diagnose(cell: Cell, stages: Stages) -> dict[str, Any]:
 
 def bill(cell: Cell, quantized: Quantized) -> dict[str, Any]:
     """The bill of the denoiser as it was really quantized, at the size that was really loaded."""
-    network = denoiser(cell.pipe)
-    plan, bits = installed(denoiser(cell.load(quantized)), cell.bits)
-    return asdict(cost.cost(cost.layers(network, input_shapes(cell.model, network.config)), plan, bits))
+    network, student = denoiser(cell.pipe), denoiser(cell.load(quantized))
+    plan, bits = installed(student, cell.bits)
+    found = cost.layers(network, input_shapes(cell.model, network.config))
+    return asdict(cost.cost(found, plan, bits, attention_groups(student)))
 
 
 def timing(stages: Stages) -> dict[str, float]:

@@ -17,7 +17,13 @@ if TYPE_CHECKING:
     from dqbench.results import Row
 
 MAIN = ("fd*", "fid*", "psnr*", "*error*")  # a sweep shows the first metric that fits each
-COST = {"bops": "BOPs", "macs": "MACs", "size_bytes": "size", "bits_per_weight": "bits per weight"}
+COST = {
+    "bops": "BOPs",
+    "macs": "MACs",
+    "size_bytes": "size",
+    "bits_per_weight": "bits per weight",
+    "bits_per_act": "bits per activation",
+}
 FAKE = "Fake quantization (rounded values, float arithmetic): no speed-up is claimed."
 ARROWS = "↓ lower is better, ↑ higher is better."
 DETAILS = "Intervals: python -m dqbench.results show RUN"
@@ -69,7 +75,7 @@ def _add_cost(table: Table, row: Row, quantized: bool) -> None:
     _section(table, "cost")
     for key in (key for key in COST if key in row.cost):
         value = row.cost[key]
-        full = 32 if key == "bits_per_weight" else row.cost.get(f"{key}_fp32", value)
+        full = 32 if key.startswith("bits_per_") else row.cost.get(f"{key}_fp32", value)
         fewer = f"÷ {full / value:.3g}" if value and full != value else ""
         cells = [quantity(key, full), quantity(key, value), fewer] if quantized else [quantity(key, value)]
         _add(table, [COST[key], *cells], None)

@@ -30,7 +30,7 @@ def decimals(value: float) -> int:
 
 def quantity(key: str, value: float) -> str:
     """A cost for reading: 1.234 G, 4.32 MB, 4.13 bits."""
-    if key == "bits_per_weight":
+    if key.startswith("bits_per_"):
         return f"{value:.2f}"
     unit, scale = next((pair for pair in UNITS if value >= pair[1]), ("", 1))
     return f"{value / scale:.3g} {unit}{'B' if key == 'size_bytes' else ''}".rstrip()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from diffusers.models.attention_processor import Attention, AttnProcessor
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from torch import Tensor, nn
+
+from dqbench.errors import UserError
 
 PARTS = ("q", "k", "v", "softmax")
 
@@ -61,3 +63,33 @@ class _QuantizedView:
 def attention_layers(denoiser: nn.Module) -> dict[str, Attention]:
     """diffusers' Attention modules by name."""
     return {name: module for name, module in denoiser.named_modules() if isinstance(module, Attention)}
+
+
+def check_quantizable(denoiser: nn.Module) -> None:
+    """Raise UserError for attention that QuantAttnProcessor would miss, or compute as something else."""
+    for name, module in denoiser.named_modules():
+        if hasattr(module, "processor") and (reason := peculiarity(module)):
+            raise UserError(f"attention of {name} cannot be quantized: {reason}; allowed here: method.attention=false")
+
+
+def peculiarity(attn: nn.Module) -> str | None:
+    """What a module does beyond diffusers' plain attention, in words; None where nothing."""
+    if not isinstance(attn, Attention):
+        return f"it is a {type(attn).__name__}, not diffusers' Attention"
+    if type(attn.processor) not in (AttnProcessor, AttnProcessor2_0):
+        return f"its processor is {type(attn.processor).__name__}, not AttnProcessor or AttnProcessor2_0"
+    found = {
+        "it has added projections": attn.add_k_proj is not None,
+        "it normalizes q or k": attn.norm_q is not None or attn.norm_k is not None,
+        "its projections are fused": attn.fused_projections,
+        "its keys have fewer heads than its queries": attn.inner_kv_dim != attn.inner_dim,
+        "it has no output projection": attn.to_out is None,
+    }
+    return next((reason for reason, true in found.items() if true), None)
+
+
+def attention_groups(model: nn.Module) -> int:
+    """Scales of each quantizer at the attention matmuls: 1, or one per sampling step."""
+    processors = (attn.processor for attn in attention_layers(model).values())
+    found = (processor.quantizers.values() for processor in processors if isinstance(processor, QuantAttnProcessor))
+    return max((quantizer.scale.numel() for quantizers in found for quantizer in quantizers), default=1)

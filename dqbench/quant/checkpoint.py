@@ -18,6 +18,8 @@ from dqbench.errors import UserError
 from dqbench.models import anatomy, attach_anatomy, clone, denoiser, fix_layout, locate
 from dqbench.quant.attach import attach_act_quantizer, freeze
 from dqbench.quant.attention import QuantAttnProcessor, attention_layers
+from dqbench.quant.clock import attach_clock, timesteps_of
+from dqbench.quant.feature_cache import describe_caches, install_caches
 from dqbench.quant.plan import LayerBits
 from dqbench.quant.quantizers import from_spec
 
@@ -37,7 +39,15 @@ def describe(model: nn.Module) -> dict[str, Any]:
         if isinstance(attn.processor, QuantAttnProcessor)
     }
     plan = {name: asdict(bits) for name, bits in getattr(model, "plan", {}).items()}
-    return {"format": 1, "activations": acts, "attention": attention, "plan": plan}
+    return {
+        "format": 2,
+        "activations": acts,
+        "attention": attention,
+        "plan": plan,
+        "timesteps": timesteps_of(model),
+        "caches": describe_caches(model),
+        "diagnostics": getattr(model, "diagnostics", {}),
+    }
 
 
 def install(model: nn.Module, description: dict[str, Any]) -> None:
@@ -49,6 +59,10 @@ def install(model: nn.Module, description: dict[str, Any]) -> None:
             QuantAttnProcessor({part: from_spec(spec) for part, spec in parts.items()})
         )
     model.plan = {name: LayerBits(**bits) for name, bits in description["plan"].items()}
+    model.diagnostics = description["diagnostics"]
+    install_caches(model, description["caches"])
+    if description["timesteps"]:
+        attach_clock(model, description["timesteps"])
 
 
 def save_denoiser(pipe: DiffusionPipeline, folder: Path) -> None:
@@ -63,9 +77,18 @@ def load_denoiser(pipe: DiffusionPipeline, folder: Path) -> DiffusionPipeline:
     """The quantized twin of the full-precision `pipe`, from what save_denoiser() wrote."""
     twin = clone(pipe)
     fill(denoiser(twin), folder / DESCRIPTION, folder / WEIGHTS)
-    config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
-    twin.scheduler = scheduler_class(config["_class_name"], pipe).from_config(config)
+    twin.scheduler = load_scheduler(folder / "scheduler" / "scheduler_config.json", pipe)
     return twin
+
+
+def load_scheduler(file: Path, pipe: DiffusionPipeline) -> Any:
+    """The scheduler that a scheduler_config.json describes."""
+    config = json.loads(file.read_text())
+    if "corrected" in config:
+        from dqbench.correction import from_saved
+
+        return from_saved(config)
+    return scheduler_class(config["_class_name"], pipe).from_config(config)
 
 
 def scheduler_class(name: str, pipe: DiffusionPipeline) -> type:

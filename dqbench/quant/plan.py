@@ -18,13 +18,17 @@ GRANULARITIES = ("per_tensor", "per_channel", "per_group")
 
 @dataclass(frozen=True)
 class LayerBits:
-    """Bit-widths of one layer: 2..8, or 32 for off. A group is one scale with its zero point."""
+    """Bit-widths of one layer: 2..8, or 32 for off. A group is one scale with its zero point.
+
+    weight 0: nothing reads the layer's parameters, bias included; what stands in for them is in the overhead.
+    """
 
     weight: int
     act: float  # of the layer's input; where it varies over the sampling steps, the mean over the steps
     weight_groups: int
     act_groups: int
-    weight_overhead_bits: int = 0  # whatever else is stored with the weight: codebook, indices, outliers
+    weight_overhead_bits: int = 0  # whatever else is stored with the weight: codebook, indices, outliers, cache
+    act_overhead_bits: float = 0.0  # per element of the input, beside `act`: flags, scales, residuals made at run time
 
 
 Plan = dict[str, LayerBits]  # module name -> bits; a layer that is absent stays in full precision

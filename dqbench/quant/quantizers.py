@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -9,12 +10,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dqbench.errors import UserError
+from dqbench.errors import UserError, check_choice
 from dqbench.quant.functional import fake_quantize, qrange
-from dqbench.quant.ranges import blend, choose_qparams, extremes, ptq4dm_qparams, ptq4dm_range, range_qparams
+from dqbench.quant.plan import check_granularity
+from dqbench.quant.ranges import (
+    ESTIMATORS,
+    blend,
+    choose_qparams,
+    extremes,
+    ptq4dm_qparams,
+    ptq4dm_range,
+    range_qparams,
+    sidedness,
+)
 
-OVER = ("first", "all", "ema", "ema_search")
+OVER = {  # how batches are combined -> the estimators it can go with
+    "first": ESTIMATORS,
+    "all": ("minmax", "scaled_minmax"),
+    "ema": ("minmax", "scaled_minmax", "percentile", "mse"),
+    "ema_search": ("ptq4dm",),
+}
 
+KINDS = {  # of quantizers in a checkpoint -> the classes that rebuild them with from_spec()
+    "uniform": "dqbench.quant.quantizers:ActQuantizer",
+    "split": "dqbench.quant.quantizers:SplitQuantizer",
+    "per_step": "dqbench.quant.clock:StepQuantizer",
+}
 
 @dataclass
 class WeightRule:
@@ -25,6 +46,17 @@ class WeightRule:
     estimator: str
     symmetric: bool
     official: bool  # the authors' release, where it differs from the sane form
+
+    def __post_init__(self) -> None:
+        check_granularity(self.granularity, self.group_size)
+        if self.group_size is not None and self.granularity != "per_group":
+            raise UserError(f"group_size={self.group_size} has no effect with granularity={self.granularity}")
+        check_estimator(self.estimator, self.symmetric)
+
+    @property
+    def signed(self) -> bool:
+        """Whether codes are signed; PTQ4DM's symmetric ranges lie on unsigned codes."""
+        return self.symmetric and self.estimator != "ptq4dm"
 
 
 @dataclass
@@ -43,32 +75,52 @@ class ActRule:
     through: bool
     official: bool
 
+    def __post_init__(self) -> None:
+        check_estimator(self.estimator, self.symmetric)
+        check_choice("over", self.over, OVER)
+        if self.estimator not in OVER[self.over]:
+            allowed = ", ".join(OVER[self.over])
+            raise UserError(f"over={self.over} cannot be combined with estimator={self.estimator}; allowed: {allowed}")
+        if not 0 <= self.momentum < 1:
+            raise UserError(f"momentum={self.momentum} is out of range; allowed: 0 <= momentum < 1")
+
+    @property
+    def signed(self) -> bool:
+        """Whether codes are signed; PTQ4DM's symmetric ranges lie on unsigned codes."""
+        return self.symmetric and self.estimator != "ptq4dm"
+
+
+def check_estimator(estimator: str, symmetric: bool) -> None:
+    """Raise UserError for an unknown estimator, or one that takes no asymmetric form."""
+    check_choice("estimator", estimator, ESTIMATORS)
+    if estimator == "ptq4dm" and not symmetric:
+        raise UserError("estimator=ptq4dm searches symmetric ranges only; allowed with it: symmetric=true")
+
 
 @dataclass(frozen=True)
 class Grid:
-    """The integer grid of a weight: scale and zero_point broadcast to it; `groups` counts the distinct scales."""
+    """The integer grid of a weight: scale and zero_point broadcast to it."""
 
     scale: Tensor
     zero_point: Tensor
     qmin: int
     qmax: int
-    groups: int
 
 
 def weight_grid(weight: Tensor, n_bits: int, rule: WeightRule, split: int = 0) -> Grid:
-    """A weight's grid. weight: [O, I, ...]; split > 0: input channels [:split] and [split:] have own scales."""
-    flat = weight.detach().flatten(1)
-    qmin, qmax = qrange(n_bits, rule.symmetric and rule.estimator != "ptq4dm")
+    """A weight's grid, in float32 or wider. weight: [O, I, ...]; split > 0: [:, :split], [:, split:] have their own."""
+    flat = weight.detach().to(torch.promote_types(weight.dtype, torch.float32)).flatten(1)
+    qmin, qmax = qrange(n_bits, rule.signed)
     spans = list(column_spans(flat.shape[1], rule, split * (flat.shape[1] // weight.shape[1])))
     chosen = [choose(flat[:, first:end], n_bits, rule) for first, end in spans]
     shape = (-1, *[1] * (weight.ndim - 1))
     if len(spans) == 1:
         scale, zero_point = (values.reshape(shape) for values in chosen[0])
-        return Grid(scale, zero_point, qmin, qmax, scale.numel())
+        return Grid(scale, zero_point, qmin, qmax)
     widths = torch.tensor([end - first for first, end in spans], device=flat.device)
     columns = [torch.stack([pair[k].expand(len(flat)) for pair in chosen], dim=1) for k in (0, 1)]
     scale, zero_point = (values.repeat_interleave(widths, dim=1).reshape(weight.shape) for values in columns)
-    return Grid(scale, zero_point, qmin, qmax, sum(pair[0].numel() for pair in chosen))
+    return Grid(scale, zero_point, qmin, qmax)
 
 
 def column_spans(columns: int, rule: WeightRule, split: int) -> Iterator[tuple[int, int]]:
@@ -110,6 +162,11 @@ class ActQuantizer(nn.Module):
         """What rebuilds this module before its buffers are loaded."""
         return {"kind": "uniform", "n_bits": self.n_bits, "signed": self.signed}
 
+    @classmethod
+    def from_spec(cls, spec: dict[str, Any]) -> ActQuantizer:
+        """The module that spec() described."""
+        return cls(spec["n_bits"], spec["signed"])
+
     def extra_repr(self) -> str:
         return f"n_bits={self.n_bits}, signed={self.signed}"
 
@@ -128,16 +185,21 @@ class SplitQuantizer(nn.Module):
 
     def spec(self) -> dict[str, Any]:
         """What rebuilds this module before its buffers are loaded."""
-        return {**self.first.spec(), "kind": "split", "split": self.split}
+        return {"kind": "split", "split": self.split, "halves": [self.first.spec(), self.second.spec()]}
+
+    @classmethod
+    def from_spec(cls, spec: dict[str, Any]) -> SplitQuantizer:
+        """The module that spec() described."""
+        quantizer = cls(spec["split"], n_bits=8, signed=False)
+        quantizer.first, quantizer.second = (from_spec(half) for half in spec["halves"])
+        return quantizer
 
 
 def from_spec(spec: dict[str, Any]) -> nn.Module:
     """The quantizer that spec() described. Raises UserError for a kind of a newer version."""
-    if spec["kind"] == "uniform":
-        return ActQuantizer(spec["n_bits"], spec["signed"])
-    if spec["kind"] == "split":
-        return SplitQuantizer(spec["split"], spec["n_bits"], spec["signed"])
-    raise UserError(f"quantizer kind {spec['kind']} is unknown; known: uniform, split")
+    if spec["kind"] not in KINDS:
+        raise UserError(f"quantizer kind {spec['kind']} is unknown; known: {', '.join(KINDS)}")
+    return pkgutil.resolve_name(KINDS[spec["kind"]]).from_spec(spec)
 
 
 def act_quantizers(model: nn.Module) -> list[ActQuantizer]:
@@ -149,12 +211,11 @@ class Observer:
     """Follows the tensors that one quantizer sees, and says which (scale, zero_point) fit them so far."""
 
     def __init__(self, rule: ActRule, n_bits: int, always_zero: bool = False) -> None:
-        if rule.over not in OVER:
-            raise UserError(f"act.over={rule.over} is unknown; allowed: {', '.join(OVER)}")
         self.rule, self.n_bits = rule, n_bits
         self.form = {"symmetric": rule.symmetric and not always_zero, "always_zero": always_zero}
         self.range: tuple[Tensor, Tensor] | None = None
         self.chosen: tuple[Tensor, Tensor] | None = None
+        self.side: int | None = None  # PTQ4DM decides whether a tensor is one-sided when it first sees it
 
     def observe(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Take one batch into account; scale and zero_point, shape []."""
@@ -163,7 +224,8 @@ class Observer:
             self.range = union(self.range, extremes(rows))
             self.chosen = self._choose(torch.stack(self.range, dim=1))
         elif self.rule.over == "ema_search":
-            new = ptq4dm_range(rows, self.n_bits, official=self.rule.official)
+            self.side = sidedness(rows) if self.side is None else self.side
+            new = ptq4dm_range(rows, self.n_bits, side=self.side, official=self.rule.official)
             self.range = blend(self.range or new, new, self.rule.momentum)
             self.chosen = ptq4dm_qparams(*self.range, self.n_bits, official=self.rule.official)
         elif self.chosen is None:

@@ -28,11 +28,13 @@ OTHER = "norms and other parameters"
 CONVENTION = (
     "BOPs = sum over conv and linear layers of MACs x weight bits x activation bits, full precision 32 x 32; "
     "attention matmuls excluded (bops_with_attention adds QK^T at attention x attention bits and softmax V at "
-    "softmax x attention bits); where activation bits vary over the steps their mean counts; one denoiser forward, batch 1, no guidance doubling; size = all parameters of the "
+    "softmax x attention bits); where activation bits vary over the steps their mean counts; one denoiser forward, "
+    "batch 1, no guidance doubling; size = all parameters of the "
     "denoiser, 32 bits where not quantized (biases and norms always), plus per quantization group of weights and "
     "activations a 32-bit scale and a zero point of the quantizer's own width, every tensor rounded up to whole "
     "bytes; bits per weight = that over the quantized weights alone; bits per activation = stored bits of the layers' "
-    "inputs, weighted by MACs; a layer that a cache replaces counts no BOPs and no bytes but the cache's; MB = 10^6 bytes"
+    "inputs, weighted by MACs; a layer that a cache replaces counts no BOPs and no bytes but the cache's; "
+    "MB = 10^6 bytes"
 )
 
 

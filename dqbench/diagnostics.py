@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
-from dqbench.calibration import recorded_inputs
+from dqbench.calibration import CalibrationSet, recorded_inputs
 from dqbench.metrics.base import Metric, mean_interval
 from dqbench.models import denoiser
 from dqbench.progress import track
@@ -34,12 +34,11 @@ def noise_errors(pipe: DiffusionPipeline, trajectory: Path) -> np.ndarray:
     spans = [(first, step) for first in range(0, chains, BATCH) for step in range(steps)]
     for first, step in track(spans, "noise error", len(spans)):
         part = range(first, min(first + BATCH, chains))
-        rows = {
-            name: torch.from_numpy(np.concatenate([array[c][:, step] for c in part])) for name, array in arrays.items()
-        }
-        predicted = denoiser(pipe)(**{name: values.to(pipe.device) for name, values in rows.items()})[0].cpu()
+        inputs = {name: np.concatenate([array[c][:, step] for c in part]) for name, array in arrays.items()}
+        rows = CalibrationSet(inputs, np.full(len(part) * halves, step), dtype=denoiser(pipe).dtype)
+        predicted = denoiser(pipe)(**rows.rows(np.arange(len(rows)), pipe.device))[0].cpu()
         exact = torch.from_numpy(np.concatenate([wanted[c][:, step] for c in part]))
-        relative = (predicted - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)
+        relative = (predicted.float() - exact).flatten(1).norm(dim=1) / exact.float().flatten(1).norm(dim=1)
         errors[part.start : part.stop, :, step] = relative.reshape(len(part), halves).numpy()
     return errors
 

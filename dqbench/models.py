@@ -26,7 +26,7 @@ from dqbench.stages import sha256
 disable_progress_bar()  # of loading components; the stages have their own
 
 ZOO = Path(__file__).parent / "zoo"
-DEFAULT_UNITS = ["*.resnets.?", "*.attentions.?", "*transformer_blocks.?", "*transformer_blocks.??"]
+UNIT_CLASSES = ("ResnetBlock2D", "Attention")  # and every kind of transformer block
 
 
 class UnconditionalPipeline(DiffusionPipeline):
@@ -171,10 +171,16 @@ def anatomy(pipe: DiffusionPipeline) -> Model:
     kind = type(pipe)
     return Model(
         name=kind.__name__, path="", version=0, pipeline=f"{kind.__module__}.{kind.__qualname__}", denoiser=name,
-        dtype="float32", data=None, prompts=None, num_classes=None, units=DEFAULT_UNITS, official_order=[],
-        shortcuts=["up_blocks.*.conv_shortcut"], time_embedding=["time_embedding.*", "*.time_emb_proj"],
-        architecture={}, inputs={},
+        dtype="float32", data=None, prompts=None, num_classes=None, units=default_units(getattr(pipe, name)),
+        official_order=[], shortcuts=["up_blocks.*.conv_shortcut"], architecture={}, inputs={},
+        time_embedding=["time_embedding.*", "*.time_emb_proj"],
     )  # fmt: skip
+
+
+def default_units(network: nn.Module) -> list[str]:
+    """Reconstruction units by class: residual blocks, transformer blocks, attentions outside of them."""
+    kinds = {name: type(module).__name__ for name, module in network.named_modules()}
+    return [name for name, kind in kinds.items() if kind in UNIT_CLASSES or kind.endswith("TransformerBlock")]
 
 
 def denoiser(pipe: DiffusionPipeline) -> nn.Module:

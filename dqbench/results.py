@@ -33,7 +33,7 @@ class Row:
     metrics: dict[str, dict[str, Any]]
     reference: dict[str, dict[str, Any]]  # the fp32 row's metrics
     paired: dict[str, dict[str, Any]]  # against the fp32 samples of the same seeds
-    cost: dict[str, Any]  # macs, bops, bops_fp32, size_bytes, size_bytes_fp32, bits_per_weight, bits_per_act, convention
+    cost: dict[str, Any]  # cost.Cost
     timing: dict[str, float]  # calibrate_s, quantize_s, generate_s, score_s, peak_memory_bytes
     provenance: dict[str, Any]
     status: str = "done"  # a cell that failed leaves no row

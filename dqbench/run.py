@@ -101,7 +101,7 @@ class Cell:
         scheduler = preflight(self.model, self.sampler, self.cfg.runtime.device)
         for method in (self.method, getattr(self.method, "base", None)):
             if hasattr(method, "check"):
-                method.check(scheduler)
+                method.check(self.sampler, scheduler)
         self._loaded: tuple[Quantized, DiffusionPipeline] | None = None
 
     @cached_property
@@ -157,9 +157,7 @@ class Cell:
         picked = {key: value for key, value in plain(self.cfg.calib).items() if key != "batch_size"}
         depends = {"trajectory": source.key, "calib": picked, "data": self.data_hash, "seed": self.seed}
         artifact = self.store.get("calibration", depends, produce)
-        return replace(
-            artifact, seconds=source.seconds + artifact.seconds, resumed=source.resumed or artifact.resumed
-        )
+        return replace(artifact, seconds=source.seconds + artifact.seconds, resumed=source.resumed or artifact.resumed)
 
     def quantize(self, calib: Artifact | None) -> Quantized:
         """The method's denoiser; where a method builds on another, that one's (shared), refined and corrected."""

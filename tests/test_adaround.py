@@ -19,7 +19,7 @@ def make(bits: int = 4, spread: float = 1.0, dtype: torch.dtype = torch.float32)
     weight = torch.randn(ROWS, M, generator=torch.Generator().manual_seed(3), dtype=dtype) * 0.05
     low, high = weight.amin(1, keepdim=True), weight.amax(1, keepdim=True)
     scale = (high - low) / (2**bits - 1) / spread
-    return weight, Grid(scale, torch.round(-low / spread / scale), 0, 2**bits - 1, ROWS)
+    return weight, Grid(scale, torch.round(-low / spread / scale), 0, 2**bits - 1)
 
 
 def test_soft_rounding_starts_at_the_weight() -> None:
@@ -60,6 +60,19 @@ def test_gradient_equals_the_composite(spread: float, beta: float | None) -> Non
     ((theirs * pull).sum() + penalty).backward()
     torch.testing.assert_close(rounder.alpha.grad, alpha.grad, rtol=1e-5, atol=1e-8)
     assert 0.02 < (rounder.alpha.grad == 0).double().mean() < 0.98
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_weights_are_learned_in_float32(dtype: torch.dtype) -> None:
+    weight, grid = make()
+    half, wide = AdaRound(weight.to(dtype), grid), AdaRound(weight.to(dtype).float(), grid)
+    for rounder, given in ((half, weight.to(dtype)), (wide, weight)):
+        (rounder(given).float() * weight).sum().backward()
+    assert half.alpha.dtype == half.alpha.grad.dtype == torch.float32 and torch.equal(half.alpha, wide.alpha)
+    torch.testing.assert_close(half.alpha.grad, wide.alpha.grad, rtol=0.01, atol=1e-6)  # half: the gradient it is given
+    assert half(weight.to(dtype)).dtype == half.hard().dtype == dtype
+    assert half(weight).dtype == torch.float32  # the layer's own precision counts
+    assert torch.equal(half.hard(), wide.hard().to(dtype))
 
 
 def test_only_the_first_half_is_regularised_if_asked_for() -> None:

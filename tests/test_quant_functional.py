@@ -135,11 +135,28 @@ def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
     assert x.grad.dtype == dtype and scale.grad.dtype == torch.float32
 
 
-def test_round_ste() -> None:
-    x = torch.tensor([0.5, 1.5, -2.3], requires_grad=True)
-    y = F.round_ste(x)
-    y.sum().backward()
-    assert y.tolist() == [0, 2, -2] and x.grad.tolist() == [1, 1, 1]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "shape, transposed, scale_shape",
+    [((8, 2**15 + 5), False, ()), ((2**9, 2**9), True, ()), ((3, 2**16), False, (1,)), ((3, 2**16), False, (1, 1))],
+)
+def test_gradients_of_large_tensors_equal_those_of_their_rows(shape, transposed, scale_shape, dtype) -> None:
+    """Large tensors are worked on in pieces, whatever their layout; a row is small enough to be taken whole."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+    x = x.t() if transposed else x
+    grid = torch.full(scale_shape, 0.02), torch.full(scale_shape, 100.0), 0, 255
+    weights = torch.linspace(-1, 2, x.numel(), dtype=dtype).view(x.shape)
+
+    def gradients(x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        x, scale = x.detach().requires_grad_(), grid[0].clone().requires_grad_()
+        return torch.autograd.grad(F.fake_quantize(x, scale, *grid[1:]), (x, scale), weights)
+
+    whole = gradients(x, weights)
+    rows = [gradients(*row) for row in zip(x.split(1), weights.split(1), strict=True)]
+    assert whole[0].dtype == dtype and torch.equal(whole[0], torch.cat([row[0] for row in rows]))
+    torch.testing.assert_close(whole[1], sum(row[1] for row in rows), rtol=1e-4, atol=0)
+    scale = grid[0].clone().requires_grad_()  # where the input needs no gradient
+    assert torch.autograd.grad(F.fake_quantize(x, scale, *grid[1:]), scale, weights)[0] == whole[1]
 
 
 def test_only_what_requires_a_gradient_gets_one() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,15 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dqbench.config import build, compose
+from dqbench.errors import UserError
 from dqbench.quant import ranges
 from dqbench.quant.functional import fake_quantize, qrange, quantize
+from dqbench.quant.quantizers import ActRule, Observer, WeightRule
 from dqbench.quant.ranges import choose_qparams
+from dqbench.schedulers import make_scheduler
 from tests.reference import quantizers as ref
+from tests.tiny import ddim
 
 GOLDEN = Path(__file__).parent / "data" / "quantizers.safetensors"
 
@@ -166,7 +172,7 @@ def test_running_ranges_follow_the_release() -> None:
     low, high = ranges.extremes(batches[0])
     slow_low, slow_high = batches[0].min(), batches[0].max()
     for batch in batches:
-        low, high = ranges.ema_update(low, high, batch, 0.95)
+        low, high = ranges.blend((low, high), ranges.extremes(batch), 0.95)
         slow_low = slow_low * 0.95 + batch.min() * (1 - 0.95)
         slow_high = slow_high * 0.95 + batch.max() * (1 - 0.95)
     assert low.item() == slow_low.item() and high.item() == slow_high.item()
@@ -193,6 +199,83 @@ def test_ptq4dm_activation_range_blends_searched_ranges() -> None:
     assert low == 0 and ranges.ptq4dm_qparams(low, high, 8)[1] == 0
     low, high = ranges.ptq4dm_range(-batches[0].abs(), 8)
     assert high == 0 and ranges.ptq4dm_qparams(low, high, 8)[1] == 255
+
+
+@pytest.mark.parametrize("official", [True, False])
+def test_ptq4dm_keeps_the_side_that_the_first_batch_shows(official: bool) -> None:
+    rule = ActRule("ptq4dm", True, "ema_search", 0.9, False, official)
+    generator = torch.Generator().manual_seed(7)
+    two_sided = torch.randn(400, generator=generator)
+    for first, side, zero_point in [(two_sided.abs(), 1, 0), (-two_sided.abs(), -1, 255)]:
+        observer = Observer(rule, 8)
+        batches = [first, two_sided * 2, -first]
+        high = low = None
+        for batch in batches:  # [0, T] or [-T, 0] throughout, whatever later batches hold
+            scale, chosen = observer.observe(batch)
+            new = ranges.ptq4dm_range(batch.reshape(1, -1), 8, side=side, official=official)
+            low, high = new if low is None else ranges.blend((low, high), new, 0.9)
+        assert_same(observer.range, (low, high))
+        assert chosen == zero_point and scale == (high - low).div(255)
+    observer = Observer(rule, 8)
+    for batch in (two_sided, two_sided.abs()):  # two-sided stays two-sided
+        _, chosen = observer.observe(batch)
+        assert observer.range[0] == -observer.range[1] and chosen in (127, 128)
+
+
+def act(**changes: object) -> ActRule:
+    return replace(ActRule("minmax", True, "first", 0.0, False, False), **changes)
+
+
+def weight(**changes: object) -> WeightRule:
+    return replace(WeightRule("per_channel", None, "minmax", False, False), **changes)
+
+
+@pytest.mark.parametrize(
+    "rule, changes, message",
+    [
+        (act, {"over": "all", "estimator": "mse"}, "over=all cannot be combined with estimator=mse; allowed: minmax"),
+        (act, {"over": "ema_search"}, "over=ema_search .*estimator=minmax; allowed: ptq4dm"),
+        (act, {"over": "ema", "estimator": "ptq4dm"}, "over=ema .*estimator=ptq4dm; allowed: minmax"),
+        (act, {"estimator": "ptq4dm", "symmetric": False}, "estimator=ptq4dm .*allowed with it: symmetric=true"),
+        (act, {"over": "last"}, "over=last is unknown; allowed: first, all, ema, ema_search"),
+        (act, {"momentum": 1.0}, "momentum=1.0 is out of range"),
+        (act, {"momentum": -0.1}, "momentum=-0.1 is out of range"),
+        (act, {"momentum": float("nan")}, "momentum=nan is out of range"),
+        (weight, {"estimator": "minimax"}, "estimator=minimax is unknown; allowed: minmax, "),
+        (weight, {"granularity": "per_row"}, "granularity=per_row is unknown; allowed: per_tensor"),
+        (weight, {"granularity": "per_group"}, "granularity=per_group needs a group_size"),
+        (weight, {"group_size": 8}, "group_size=8 has no effect with granularity=per_channel"),
+    ],
+)
+def test_rules_that_would_do_nothing_or_something_else_are_refused(rule, changes, message) -> None:
+    with pytest.raises(UserError, match=message):
+        rule(**changes)
+
+
+def test_methods_refuse_such_settings_when_they_are_built() -> None:
+    with pytest.raises(UserError, match="over=all cannot be combined with estimator=mse"):
+        build(compose(["method=rtn", "method.act.estimator=mse"]).method)
+    with pytest.raises(UserError, match="method.running=true .*method.act.over=first; allowed: all, ema"):
+        build(compose(["method=qdiffusion", "method.running=true"]).method)
+
+
+def test_ptq4dm_names_samplers_without_the_operation_before_anything_runs() -> None:
+    built = build(compose(["method=ptq4dm"]).method)
+    refused = [
+        ("quantize_x", {"scheduler": "PNDMScheduler"}, "quantize_x=true is not defined for sampler.scheduler=PNDM"),
+        ("quantize_mu", {"spacing": "quad"}, "quantize_mu=true .*spacing=quad; allowed: DDIMScheduler or DDPM"),
+        ("quantize_sigma", {}, "quantize_sigma=true has no effect at sampler.eta=0"),
+    ]
+    for switch, changes, message in refused:
+        sampler = ddim(**changes)
+        scheduler = make_scheduler({"num_train_timesteps": 100}, sampler)
+        built.check(sampler, scheduler)
+        with pytest.raises(UserError, match=message):
+            replace(built, **{switch: True}).check(sampler, scheduler)
+    for switch, changes in [("sigma", {"eta": 1.0}), ("sigma", {"scheduler": "DDPMScheduler"}), ("x", {})]:
+        sampler = ddim(**changes)
+        scheduler = make_scheduler({"num_train_timesteps": 100}, sampler)
+        replace(built, **{f"quantize_{switch}": True}).check(sampler, scheduler)
 
 
 def test_rows_longer_than_one_piece_and_many_short_rows_agree_with_single_rows() -> None:

@@ -9,8 +9,12 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
 
-from dqbench.config import Bits
+from dqbench.calibration import CalibrationSet
+from dqbench.config import Bits, build, compose
+from dqbench.errors import UserError
 from dqbench.quant.attach import calibrating, find_units, prepare, quantize_attention, quantize_inputs
 from dqbench.quant.capture import Recorder, trace_units
 from dqbench.quant.plan import select
@@ -65,12 +69,108 @@ def test_learned_rounding_beats_nearest():
 
 
 def test_replayed_prefix_equals_running_it(monkeypatch):
-    replayed, plain = make_job(), make_job()
+    replayed, plain = make_job(iters=6), make_job(iters=6)
     reconstruct_weights(replayed)
     monkeypatch.setattr("dqbench.quant.reconstruct.disk_allows", lambda folder, size: False)
     reconstruct_weights(plain)
     for name, weight in weights(replayed).items():
         torch.testing.assert_close(weight, plain.layers[name].layer.weight, msg=name)
+
+
+def conditional() -> UNet2DConditionModel:
+    """A tiny text-conditional U-Net, its Transformer2DModels with one block each."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(16, 32),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=8, cross_attention_dim=8, attention_head_dim=2,
+    )  # fmt: skip
+    return unet.eval().requires_grad_(False)
+
+
+def with_text(dtype: torch.dtype = torch.float32) -> CalibrationSet:
+    """calibration() with 5 tokens of width 8 per row."""
+    calib = calibration()
+    text = torch.randn(len(calib), 5, 8, generator=torch.Generator().manual_seed(1))
+    inputs = calib.rows(np.arange(len(calib)))
+    return CalibrationSet.from_tensors(inputs["sample"].to(dtype), inputs["timestep"], encoder_hidden_states=text)
+
+
+def conditional_job(units: tuple[str, ...], dtype: torch.dtype) -> Job:
+    """A w3a4 job on the text-conditional U-Net."""
+    teacher = conditional().to(dtype)
+    student = copy.deepcopy(teacher)
+    layers = prepare(student, select(student, Bits(3, 4, 4, 8), [], {}), WEIGHT, {})
+    return Job(student, teacher, find_units(student, units, layers), layers, with_text(dtype), recon(iters=4), ())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("unit", ["*.attentions.?", "*.transformer_blocks.?"])
+def test_rows_of_a_conditional_network_are_those_of_an_unreplayed_pass(unit, dtype, tmp_path):
+    job = conditional_job(("*.resnets.?", unit), dtype)
+    order = job.order()
+    assert sum("attentions" in name for name in order) >= 4
+    replayed, plain = (Recorder(job.teacher, job.calib, tmp_path / str(on), on) for on in (True, False))
+    for name in order:
+        ours = replayed.inputs(name, tmp_path / "ours" / name, with_output=True)
+        theirs = plain.inputs(name, tmp_path / "theirs" / name, with_output=True)
+        replayed.remember(name, ours)
+        assert ours.rows.arrays.keys() == theirs.rows.arrays.keys() and "output" in ours.rows.arrays
+        for key, array in ours.rows.arrays.items():
+            assert np.array_equal(array, theirs.rows.arrays[key]), (name, key)
+    resumed = Recorder(job.teacher, job.calib, tmp_path / "resumed", True)
+    resumed.remember_all(order[:-1])
+    for key, array in resumed.inputs(order[-1], tmp_path / "last").rows.arrays.items():
+        assert np.array_equal(array, theirs.rows.arrays[key])
+
+
+class Pair(nn.Module):
+    """A unit that takes and returns a nest of per-row tensors, a constant as long as the batch, and None."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, rest: tuple) -> tuple[Tensor, tuple]:
+        side, table, nothing = rest
+        return self.linear(x) * table.mean(0), ([side["side"] - x], table + 1, nothing)
+
+
+class Chain(nn.Module):
+    """Two such units in a row."""
+
+    def __init__(self, table: Tensor, repeats: int = 1) -> None:
+        super().__init__()
+        self.first, self.second, self.table, self.repeats = Pair(), Pair(), table, repeats
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        sample = sample.repeat_interleave(self.repeats, 0)
+        x, ([side], table, nothing) = self.first(sample, ({"side": sample * 2}, self.table, None))
+        return self.second(x, ({"side": side}, table, nothing))[0]
+
+
+def test_replay_gives_nested_outputs_back(tmp_path):
+    torch.manual_seed(0)
+    network = Chain(torch.randn(24, 4))
+    calib = CalibrationSet.from_tensors(torch.randn(24, 4), torch.arange(24))
+    rows = {}
+    for replay in (True, False):
+        recorder = Recorder(network, calib, tmp_path / str(replay), replay)
+        recorder.remember("first", recorder.inputs("first", tmp_path / f"{replay} first"))
+        rows[replay] = recorder.inputs("second", tmp_path / f"{replay} second", with_output=True).rows.arrays
+    assert sorted(rows[True]) == ["input", "input[1]", "output", "output[1]"]  # no rows of the constant
+    assert all(np.array_equal(values, rows[False][name]) for name, values in rows[True].items())
+
+
+def test_what_cannot_be_recorded_by_rows_is_refused(tmp_path):
+    torch.manual_seed(0)
+    calib = CalibrationSet.from_tensors(torch.randn(24, 4), torch.arange(24))
+    with pytest.raises(UserError, match=r"input: a tensor \[4, 4\] for 2 samples.*model.units"):
+        Recorder(Chain(torch.randn(3, 4), repeats=2), calib, tmp_path, True).inputs("first", tmp_path)
+    with pytest.raises(UserError, match="2 calibration samples"):
+        Recorder(
+            Chain(torch.randn(3, 4)), CalibrationSet.from_tensors(torch.randn(1, 4), torch.ones(1)), tmp_path, True
+        )
 
 
 def test_replay_runs_each_unit_once_per_row(tmp_path):
@@ -81,7 +181,7 @@ def test_replay_runs_each_unit_once_per_row(tmp_path):
     for name in order:
         counted = count_calls(job.teacher.get_submodule(name))
         recorder.remember(name, recorder.inputs(name, tmp_path / name, with_output=True))
-        assert counted == [24]
+        assert counted == [1, 2, 24]  # two probes, then all rows in one pass
     with torch.no_grad():
         whole = job.teacher(**job.calib.rows(np.arange(24))).sample
     torch.testing.assert_close(torch.from_numpy(np.array(recorder.outputs.arrays["conv_out"])), whole)
@@ -97,9 +197,9 @@ def count_calls(unit: torch.nn.Module) -> list[int]:
 
 
 def test_resume_after_each_unit_gives_the_same_weights(tmp_path):
-    whole = make_job()
+    whole = make_job(iters=5)
     reconstruct_weights(whole)
-    stopped = make_job()
+    stopped = make_job(iters=5)
     part = tmp_path / "part"
     part.mkdir()
     with resuming(part):
@@ -108,7 +208,7 @@ def test_resume_after_each_unit_gives_the_same_weights(tmp_path):
         for path in finished[len(finished) // 2 :]:
             path.unlink()
         times = {path: path.stat().st_mtime_ns for path in finished[: len(finished) // 2]}
-        resumed = make_job()
+        resumed = make_job(iters=5)
         reconstruct_weights(resumed)
     assert {path: path.stat().st_mtime_ns for path in times} == times
     for name, weight in weights(whole).items():
@@ -169,7 +269,7 @@ def test_dropout_is_active_only_when_asked_for():
         teacher = pipeline(dropout=0.5).unet
         student = copy.deepcopy(teacher)
         layers = prepare(student, select(student, Bits(3, 32, 32, 32), [], {}), WEIGHT, {})
-        settings = recon(dropout=dropout, iters=10)
+        settings = recon(dropout=dropout, iters=4)
         job = Job(student, teacher, find_units(student, UNITS, layers), layers, calibration(), settings, ())
         state = torch.get_rng_state()
         reconstruct_weights(job)
@@ -207,10 +307,31 @@ def test_a_missing_or_damaged_checkpoint_ends_the_resumed_prefix(tmp_path):
     part = tmp_path / "part"
     part.mkdir()
     with resuming(part):
-        whole = make_job()
+        whole = make_job(iters=3)
         reconstruct_weights(whole)
         (part / "scratch" / "weights" / "conv_in.safetensors").write_bytes(b"damaged")
-        resumed = make_job()
+        resumed = make_job(iters=3)
         reconstruct_weights(resumed)
     for name, weight in weights(whole).items():
         assert torch.equal(weight, resumed.layers[name].layer.weight), name
+
+
+def test_half_precision_learns_as_well_as_float32():
+    """Grids, alphas, steps and losses are float32 whatever the network is."""
+    overrides = ["recon.iters=10", "recon.iters_act=2", "recon.batch_size=8", "recon.act_init_samples=8"]
+    method = build(compose(["method=qdiffusion", "recon.lr=0.03", *overrides]).method)
+    errors, batch = {}, calibration(64, seed=1)
+    with torch.no_grad():
+        wanted = pipeline().unet(**batch.rows(range(64))).sample
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        pipe, calib = pipeline(), calibration()
+        pipe.unet.to(dtype)
+        calib.dtype = batch.dtype = dtype
+        unet = method(pipe, calib, Bits(4, 8, 8, 8)).unet
+        assert {parameter.dtype for parameter in unet.parameters()} == {dtype}
+        assert {quantizer.scale.dtype for quantizer in act_quantizers(unet)} == {torch.float32}
+        assert all(len(row.unique()) <= 16 for row in unet.mid_block.resnets[0].conv1.weight.flatten(1))
+        with torch.no_grad():
+            errors[dtype] = (unet(**batch.rows(range(64))).sample.float() - wanted).square().mean().item()
+    assert errors.pop(torch.float32) == pytest.approx(errors[torch.bfloat16], rel=0.1)
+    assert errors[torch.bfloat16] == pytest.approx(errors[torch.float16], rel=0.1)

@@ -15,6 +15,7 @@ from torch import nn
 
 from dqbench.calibration import CalibrationSet, named_generator
 from dqbench.config import Bits, Recon
+from dqbench.errors import UserError
 from dqbench.models import anatomy, clone, denoiser
 from dqbench.quant.attach import (
     calibrating,
@@ -28,8 +29,6 @@ from dqbench.quant.attach import (
 from dqbench.quant.plan import select, split
 from dqbench.quant.quantizers import ActRule, WeightRule
 from dqbench.quant.reconstruct import Job, reconstruct_activations, reconstruct_weights
-
-BATCH = 64
 
 
 @dataclass
@@ -46,6 +45,12 @@ class QDiffusion:
     split: bool  # shortcut-splitting quantization
     running: bool  # after the initial ranges, follow the whole calibration set by act.over
 
+    def __post_init__(self) -> None:
+        if self.running and self.act.over == "first":
+            raise UserError(
+                "method.running=true follows no more batches with method.act.over=first; allowed: all, ema, ema_search"
+            )
+
     def __call__(self, pipe: DiffusionPipeline, calib: CalibrationSet, bits: Bits) -> DiffusionPipeline:
         """Weights first with activations in full precision, then activations with weights fixed."""
         quantized = clone(pipe)
@@ -56,9 +61,9 @@ class QDiffusion:
         units = find_units(student, family.units, layers)
         job = Job(student, denoiser(pipe), units, layers, calib, self.recon, family.official_order)
         reconstruct_weights(job)
-        quantize_inputs(layers, self.act.symmetric)
+        quantize_inputs(layers, self.act.signed)
         if self.attention:
-            quantize_attention(student, bits, self.act.symmetric, self.softmax.symmetric)
+            quantize_attention(student, bits, self.act.signed, self.softmax.signed)
         self.choose_act_ranges(student, calib)
         reconstruct_activations(job)
         freeze(student)

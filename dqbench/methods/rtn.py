@@ -15,8 +15,6 @@ from dqbench.quant.attach import calibrating, freeze, prepare, quantize_attentio
 from dqbench.quant.plan import select
 from dqbench.quant.quantizers import ActRule, WeightRule
 
-BATCH = 64
-
 
 @dataclass
 class RTN:
@@ -35,9 +33,9 @@ class RTN:
         student = denoiser(quantized)
         plan = select(student, bits, self.skip, self.overrides, self.weight.granularity, self.weight.group_size)
         layers = prepare(student, plan, self.weight, splits={})
-        quantize_inputs(layers, self.act.symmetric)
+        quantize_inputs(layers, self.act.signed)
         if self.attention:
-            quantize_attention(student, bits, self.act.symmetric, signed_softmax=False)
+            quantize_attention(student, bits, self.act.signed, signed_softmax=False)
         with calibrating(student, self.act):
             for batch in calib.batches(pipe.device):
                 student(**batch)

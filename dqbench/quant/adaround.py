@@ -16,8 +16,9 @@ from dqbench.quant.quantizers import Grid
 class AdaRound(nn.Module):
     """Parametrization of a weight by learnable rounding (Nagel et al. 2020, arXiv:2004.10568, Eq. 22-24).
 
-    alpha: the weight's shape. Where `beta` is set, the gradient of strength x sum of 1 - |2h - 1|^beta is added to
-    alpha's; only the first `regularised` input channels take part, if given (the release's quirk in split layers).
+    alpha: the weight's shape, in the grid's precision whatever the weight's. Where `beta` is set, the gradient of
+    strength x sum of 1 - |2h - 1|^beta is added to alpha's; only the first `regularised` input channels take part, if
+    given (the release's quirk in split layers).
     """
 
     def __init__(self, weight: Tensor, grid: Grid, regularised: int | None = None) -> None:
@@ -25,7 +26,7 @@ class AdaRound(nn.Module):
         floor, alpha = adaround_init(weight.contiguous(), grid.scale)
         self.base, self.step = adaround_grid(floor, grid.scale, grid.zero_point, grid.qmin, grid.qmax)
         self.alpha = nn.Parameter(alpha)
-        self.scale, self.regularised = grid.scale, regularised
+        self.scale, self.regularised, self.dtype = grid.scale, regularised, weight.dtype
         self.beta: float | None = None
         self.strength = 0.0
         # Written anew by each forward, allocated once: fresh memory would cost more than the arithmetic.
@@ -36,8 +37,8 @@ class AdaRound(nn.Module):
         self.scratch = alpha.new_empty(2, min(size, alpha.numel()))
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Soft weights; the original weight only gave the shape."""
-        return _SoftRounding.apply(self.alpha, self)
+        """Soft weights; of the given weight only the precision counts."""
+        return _SoftRounding.apply(self.alpha, self).to(weight.dtype)
 
     def soft(self) -> Tensor:
         """base + step * h(alpha); leaves in slope and pull what the gradient needs."""
@@ -57,9 +58,9 @@ class AdaRound(nn.Module):
         return self.weight.data
 
     def hard(self) -> Tensor:
-        """Rounded weights, exactly scale x whole numbers: up where alpha >= 0."""
+        """Rounded weights in the original's precision, scale x whole numbers: up where alpha >= 0."""
         rounded = torch.where(self.alpha.detach() >= 0, self.base + self.step, self.base)
-        return (rounded / self.scale).round_().mul_(self.scale)
+        return (rounded / self.scale).round_().mul_(self.scale).to(self.dtype)
 
 
 def regularise(h: Tensor, sigmoid: Tensor, power: Tensor, beta: float, strength: float) -> None:

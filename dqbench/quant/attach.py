@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from dqbench.config import OFF, Bits
 from dqbench.progress import track
 from dqbench.quant.adaround import AdaRound
-from dqbench.quant.attention import PARTS, QuantAttnProcessor, attention_layers
+from dqbench.quant.attention import PARTS, QuantAttnProcessor, attention_layers, check_quantizable
 from dqbench.quant.functional import fake_quantize
 from dqbench.quant.plan import LayerBits, Plan
 from dqbench.quant.quantizers import (
@@ -109,7 +109,12 @@ def _quantize_output(layer: nn.Module, args: tuple[Any, ...], output: Tensor) ->
 
 
 def quantize_attention(student: nn.Module, bits: Bits, signed: bool, signed_softmax: bool) -> None:
-    """Give attention modules quantizers for q, k, v at bits.attention and for softmax outputs at bits.softmax."""
+    """Give attention modules quantizers for q, k, v at bits.attention and for softmax outputs at bits.softmax.
+
+    Raises UserError for an attention module that works in a way of its own.
+    """
+    if not {bits.attention, bits.softmax} <= set(OFF):
+        check_quantizable(student)
     for attn in attention_layers(student).values():
         quantizers = {}
         for part in PARTS:
@@ -121,18 +126,27 @@ def quantize_attention(student: nn.Module, bits: Bits, signed: bool, signed_soft
 
 
 @contextmanager
-def calibrating(student: nn.Module, rule: ActRule, softmax_rule: ActRule | None = None) -> Iterator[None]:
-    """Inside: activation quantizers choose their ranges from what passes through. Softmax outputs keep zero_point 0."""
+def calibrating(
+    student: nn.Module,
+    rule: ActRule,
+    softmax_rule: ActRule | None = None,
+    only: type[ActQuantizer] = ActQuantizer,
+    observer: type[Observer] = Observer,
+) -> Iterator[None]:
+    """Inside: activation quantizers choose their ranges from what passes through. Softmax outputs keep zero_point 0.
+
+    only: the kind of quantizer that is calibrated; observer: what follows the tensors.
+    """
     softmax = {
         attn.processor.quantizers["softmax"]
         for attn in _quantized_attention(student)
         if "softmax" in attn.processor.quantizers
     }
-    quantizers = act_quantizers(student)
+    quantizers = [quantizer for quantizer in act_quantizers(student) if isinstance(quantizer, only)]
     for quantizer in quantizers:
         is_softmax = quantizer in softmax and not quantizer.signed
         own = softmax_rule if quantizer in softmax and softmax_rule is not None else rule
-        quantizer.observer = Observer(own, quantizer.n_bits, always_zero=is_softmax)
+        quantizer.observer = observer(own, quantizer.n_bits, always_zero=is_softmax)
     try:
         yield
     finally:
@@ -155,9 +169,19 @@ def installed(student: nn.Module, bits: Bits) -> tuple[Plan, Bits]:
 
 
 def as_attached(layer: nn.Module, bits: LayerBits) -> LayerBits:
-    """`bits` with 32-bit activations where nothing quantizes the layer's input (an output quantizer does not)."""
-    quantized = hasattr(layer, "act_quantizer") and layer.act_site == "input"
-    return bits if quantized else replace(bits, act=32)
+    """`bits` with the width (mean over steps) and number of the quantizers that are attached to the layer's input.
+
+    32-bit activations where there is none (an output quantizer does not count); unchanged for weights nobody reads.
+    """
+    if bits.weight == 0:
+        return bits
+    if not hasattr(layer, "act_quantizer") or layer.act_site != "input":
+        return replace(bits, act=32)
+    quantizers = act_quantizers(layer.act_quantizer)
+    widths = [width for quantizer in quantizers for width in getattr(quantizer, "widths", [quantizer.n_bits])]
+    same = len(set(widths)) == 1
+    groups = sum(quantizer.scale.numel() for quantizer in quantizers)
+    return replace(bits, act=widths[0] if same else sum(widths) / len(widths), act_groups=groups)
 
 
 def freeze(student: nn.Module) -> nn.Module:

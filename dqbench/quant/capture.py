@@ -17,15 +17,25 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten  # diffusers' outputs register here
 
 from dqbench.calibration import CalibrationSet
+from dqbench.errors import UserError
 from dqbench.shards import create_array
 
 BATCH = 64  # rows of one capturing forward; stored rows do not depend on who asks for them
+PROBES = (slice(0, 1), slice(0, 2))  # passes that show which tensors hold one row per input
 
 
 class _Reached(Exception):
     """Stops a forward pass once its unit has been reached."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Stands for a tensor whose values are rows of the array `name`."""
+
+    name: str
 
 
 @dataclass
@@ -35,21 +45,32 @@ class Rows:
     folder: Path
     count: int
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
 
     def write(self, name: str, first: int, values: Tensor) -> None:
         """Store rows first.. of array `name`, created on its first write."""
-        values = values.detach().cpu()
+        content = storable(values.detach().cpu()).numpy()
         if name not in self.arrays:
             self.folder.mkdir(parents=True, exist_ok=True)
-            file, shape = self.folder / f"{name}.npy", (self.count, *values.shape[1:])
-            self.arrays[name] = create_array(file, np.dtype(str(values.dtype)[6:]), shape)
-        self.arrays[name][first : first + len(values)] = values.numpy()
+            file, shape = self.folder / f"{name}.npy", (self.count, *content.shape[1:])
+            self.arrays[name], self.dtypes[name] = create_array(file, content.dtype, shape), values.dtype
+        self.arrays[name][first : first + len(content)] = content
 
     def read(self, name: str, rows: slice | np.ndarray, device: torch.device) -> Tensor:
-        """A copy of chosen rows of array `name` on `device`."""
+        """A copy of chosen rows of array `name` on `device`, of the dtype that was written."""
         values = torch.from_numpy(self.arrays[name])
         chosen = values[rows].clone() if isinstance(rows, slice) else values.index_select(0, torch.from_numpy(rows))
-        return chosen.to(device)
+        return chosen.to(device, self.dtypes[name])
+
+    def store(self, template: Any, value: Any, first: int) -> None:
+        """Write those tensors of `value` for which `template` has a `Stored`."""
+        for mark, leaf in zip(tree_leaves(template), tree_leaves(value), strict=True):
+            if isinstance(mark, Stored):
+                self.write(mark.name, first, leaf)
+
+    def load(self, template: Any, rows: slice | np.ndarray, device: torch.device) -> Any:
+        """`template` with chosen rows in place of every `Stored`."""
+        return tree_map(lambda leaf: self.read(leaf.name, rows, device) if isinstance(leaf, Stored) else leaf, template)
 
     def release(self) -> None:
         """Give the memory of the mapped pages back; their content stays in the files."""
@@ -63,39 +84,43 @@ class Rows:
             (self.folder / f"{name}.npy").unlink()
 
 
+def storable(values: Tensor) -> Tensor:
+    """`values` of a dtype that numpy has: bfloat16 becomes float32."""
+    return values.float() if values.dtype == torch.bfloat16 else values
+
+
+def template(name: str, one: Any, two: Any) -> Any:
+    """`one` with a `Stored` in place of every tensor that holds one row per input: 1 long in `one`, 2 in `two`.
+
+    one, two: nested tuples, lists, dicts and diffusers outputs, seen in passes over one and over two rows. The arrays
+    are called `name`, `name[1]`, ... Raises UserError for a tensor that is neither per row nor constant.
+    """
+    leaves, spec = tree_flatten(one)
+    count = 0
+    for k, (leaf, other) in enumerate(zip(leaves, tree_leaves(two), strict=True)):
+        if not isinstance(leaf, Tensor):
+            continue
+        if leaf.ndim and (len(leaf), len(other)) == (1, 2):
+            leaves[k] = Stored(f"{name}[{count}]" if count else name)
+            count += 1
+        elif leaf.shape != other.shape or not torch.equal(leaf, other):
+            shape = list(other.shape)
+            raise UserError(f"{name}: a tensor {shape} for 2 samples has no row per sample; choose other model.units")
+    return tree_unflatten(leaves, spec)
+
+
 @dataclass
 class Call:
-    """How a unit was called: every argument is `Stored` (its rows are in `rows` under that name) or a constant."""
+    """How a unit was called and, where asked for, what it returned, as templates of what lies in `rows`."""
 
     rows: Rows
-    args: list[Any] = field(default_factory=list)
+    args: Sequence[Any] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
+    output: Any = field(default=None, kw_only=True)
 
-    def batch(self, rows: slice | np.ndarray, device: torch.device) -> tuple[list[Any], dict[str, Any]]:
+    def batch(self, rows: slice | np.ndarray, device: torch.device) -> tuple[Sequence[Any], dict[str, Any]]:
         """(args, kwargs) of the unit for chosen rows."""
-
-        def value(item: Any) -> Any:
-            return self.rows.read(item.name, rows, device) if isinstance(item, Stored) else item
-
-        return [value(item) for item in self.args], {key: value(item) for key, item in self.kwargs.items()}
-
-    def record(self, first: int, args: tuple, kwargs: dict[str, Any], batch_size: int) -> None:
-        """Store the rows first.. of a call's tensor arguments."""
-        self.args = [self._item(f"arg{i}", item, first, batch_size) for i, item in enumerate(args)]
-        self.kwargs = {key: self._item(key, item, first, batch_size) for key, item in kwargs.items()}
-
-    def _item(self, name: str, item: Any, first: int, batch_size: int) -> Any:
-        if not isinstance(item, Tensor) or item.ndim == 0 or len(item) != batch_size:
-            return item
-        self.rows.write(name, first, item)
-        return Stored(name)
-
-
-@dataclass(frozen=True)
-class Stored:
-    """Marks an argument whose values are rows of the array `name`."""
-
-    name: str
+        return self.rows.load((self.args, self.kwargs), rows, device)
 
 
 class Recorder:
@@ -106,10 +131,13 @@ class Recorder:
     """
 
     def __init__(self, model: nn.Module, calib: CalibrationSet, folder: Path, replay: bool) -> None:
+        if len(calib) < 2:
+            raise UserError(f"reconstruction needs 2 calibration samples or more, got {len(calib)}")
         self.model, self.calib, self.replay = model, calib, replay
         self.device = next(model.parameters()).device
         self.outputs = Rows(folder, len(calib))
         self.units: dict[str, nn.Module] = {}
+        self.templates: dict[str, Any] = {}
 
     def spans(self) -> Iterator[tuple[int, slice]]:
         """Consecutive row ranges of the calibration set."""
@@ -119,15 +147,11 @@ class Recorder:
     @torch.no_grad()
     def inputs(self, name: str, folder: Path, with_output: bool = False) -> Call:
         """The recorded call of unit `name`; `with_output` also stores what it returns as `output` beside the inputs."""
-        unit = self.model.get_submodule(name)
-        call = Call(Rows(folder, len(self.calib)))
+        one, two = (self._watch(name, rows, with_output) for rows in PROBES)
+        args, kwargs = template("input", one[:2], two[:2])
+        call = Call(Rows(folder, len(self.calib)), args, kwargs, output=template("output", one[2], two[2]))
         for first, rows in self.spans():
-            batch_size = rows.stop - rows.start
-            with self._replaying(rows), _watching(unit, with_output) as seen:
-                self._forward(rows)
-            call.record(first, seen["args"], seen["kwargs"], batch_size)
-            if with_output:
-                call.rows.write("output", first, seen["output"])
+            call.rows.store((args, kwargs, call.output), self._watch(name, rows, with_output), first)
             self.outputs.release()
             call.rows.release()
         return call
@@ -138,32 +162,48 @@ class Recorder:
         if not self.replay:
             return
         unit = self.model.get_submodule(name)
+        one, two = (self._returned(unit, call, rows) for rows in PROBES)
+        self.templates[name] = template(name, one, two)
         for first, rows in self.spans():
-            if "output" in call.rows.arrays:
-                self.outputs.write(name, first, torch.from_numpy(np.array(call.rows.arrays["output"][rows])))
-            else:
-                args, kwargs = call.batch(rows, self.device)
-                self.outputs.write(name, first, first_tensor(unit(*args, **kwargs)))
+            self.outputs.store(self.templates[name], self._returned(unit, call, rows), first)
             self.outputs.release()
             call.rows.release()
         self.units[name] = unit
+
+    def _returned(self, unit: nn.Module, call: Call, rows: slice) -> Any:
+        if call.output is not None:
+            return call.rows.load(call.output, rows, torch.device("cpu"))
+        args, kwargs = call.batch(rows, self.device)
+        return unit(*args, **kwargs)
 
     @torch.no_grad()
     def remember_all(self, names: Sequence[str]) -> None:
         """Store the outputs of several units in one pass: what a resumed run needs of the units it has finished."""
         if not self.replay or not names:
             return
-        units = {name: self.model.get_submodule(name) for name in names}
+        one, two = (self._watch_all(names, rows) for rows in PROBES)
+        self.templates = {name: template(name, one[name], two[name]) for name in names}
         for first, rows in self.spans():
-            with ExitStack() as stack:
-                seen = {
-                    name: stack.enter_context(_watching(unit, True, stop=name == names[-1]))
-                    for name, unit in units.items()
-                }
-                self._forward(rows)
-            for name in names:
-                self.outputs.write(name, first, seen[name]["output"])
-        self.units.update(units)
+            for name, output in self._watch_all(names, rows).items():
+                self.outputs.store(self.templates[name], output, first)
+            self.outputs.release()
+        self.units = {name: self.model.get_submodule(name) for name in names}
+
+    def _watch(self, name: str, rows: slice, with_output: bool) -> tuple[tuple, dict[str, Any], Any]:
+        """(args, kwargs, output or None) of unit `name` in a pass over `rows`."""
+        with self._replaying(rows), _watching(self.model.get_submodule(name), with_output) as seen:
+            self._forward(rows)
+        return seen["args"], seen["kwargs"], seen.get("output")
+
+    def _watch_all(self, names: Sequence[str], rows: slice) -> dict[str, Any]:
+        """The outputs of the units in a pass over `rows` that ends at the last of them."""
+        with ExitStack() as stack:
+            watching = {
+                name: stack.enter_context(_watching(self.model.get_submodule(name), True, stop=name == names[-1]))
+                for name in names
+            }
+            self._forward(rows)
+        return {name: seen["output"] for name, seen in watching.items()}
 
     def _forward(self, rows: slice) -> None:
         try:
@@ -175,16 +215,15 @@ class Recorder:
     @contextmanager
     def _replaying(self, rows: slice) -> Iterator[None]:
         for name, unit in self.units.items():
-            unit.forward = _returning(self.outputs, name, rows, self.device)
+            unit.forward = self._replay(name, rows)
         try:
             yield
         finally:
             for unit in self.units.values():
                 del unit.forward
 
-
-def _returning(outputs: Rows, name: str, rows: slice, device: torch.device) -> Callable[..., Tensor]:
-    return lambda *args, **kwargs: outputs.read(name, rows, device)
+    def _replay(self, name: str, rows: slice) -> Callable[..., Any]:
+        return lambda *args, **kwargs: self.outputs.load(self.templates[name], rows, self.device)
 
 
 @contextmanager
@@ -198,7 +237,7 @@ def _watching(unit: nn.Module, with_output: bool, stop: bool = True) -> Iterator
             raise _Reached
 
     def after(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        seen["output"] = first_tensor(output)
+        seen["output"] = output
         if stop:
             raise _Reached
 
@@ -212,13 +251,16 @@ def _watching(unit: nn.Module, with_output: bool, stop: bool = True) -> Iterator
 
 
 def first_tensor(output: Any) -> Tensor:
-    """A unit's output as one tensor: itself, or the first of a tuple."""
-    return output if isinstance(output, Tensor) else output[0]
+    """A unit's output as one tensor: itself, or the first in a tuple or a diffusers output."""
+    for leaf in tree_leaves(output):
+        if isinstance(leaf, Tensor):
+            return leaf
+    raise UserError(f"a unit returns {type(output).__name__}, in which no tensor is found; choose other model.units")
 
 
 @torch.no_grad()
 def trace_units(model: nn.Module, names: Sequence[str], calib: CalibrationSet) -> dict[str, int]:
-    """`names` in the order of their first call in a forward pass -> bytes of their output per row.
+    """`names` in the order of their first call in a forward pass -> bytes of their stored output per row.
 
     Those that are never called are left out.
     """
@@ -226,8 +268,9 @@ def trace_units(model: nn.Module, names: Sequence[str], calib: CalibrationSet) -
 
     def sizer(name: str) -> Callable:
         def size(module: nn.Module, args: tuple, output: Any) -> None:
-            tensor = first_tensor(output)
-            sizes.setdefault(name, tensor.numel() * tensor.element_size())
+            first_tensor(output)  # raises for what cannot be reconstructed
+            tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+            sizes.setdefault(name, sum(storable(tensor).nbytes for tensor in tensors))
 
         return size
 

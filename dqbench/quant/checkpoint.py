@@ -109,7 +109,7 @@ def fill(model: nn.Module, description: Path, weights: Path) -> None:
     install(model, json.loads(description.read_text()))
     device = next(model.parameters()).device
     try:
-        model.load_state_dict(load_file(weights))
+        model.load_state_dict(load_file(weights), assign=True)
     except (SafetensorError, RuntimeError, OSError) as error:
         raise UserError(
             f"{weights} does not hold the quantized denoiser described beside it: {str(error)[:160]}"

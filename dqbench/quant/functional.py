@@ -8,6 +8,7 @@ code on a bound counts as inside (torch.clamp's own gradient there was 1 until t
 
 from __future__ import annotations
 
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -16,17 +17,13 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 GAMMA, ZETA = -0.1, 1.1  # the stretched sigmoid's ends, AdaRound (Nagel et al. 2020, arXiv:2004.10568) Eq. 23
+PIECE = 2**16  # elements: a gradient's temporaries then stay in cache; of larger tensors, fresh memory costs the most
 
 
 def qrange(n_bits: int, symmetric: bool) -> tuple[int, int]:
     """Smallest and largest code of n_bits: [0, 2^b - 1], or [-2^(b-1), 2^(b-1) - 1] when symmetric."""
     half = 2 ** (n_bits - 1)
     return (-half, half - 1) if symmetric else (0, 2 * half - 1)
-
-
-def round_ste(x: Tensor) -> Tensor:
-    """Round half to even; the gradient passes straight through."""
-    return x + (torch.round(x) - x).detach()
 
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
@@ -75,15 +72,32 @@ class _FakeQuantize(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         ratio, lo, hi = ctx.saved_tensors
-        need_x, need_scale = ctx.needs_input_grad[:2]
-        code = ratio.round()
-        clipped = code.clamp_min(lo).clamp_max_(hi)
-        inside = code.eq_(clipped)  # 1.0 or 0.0: floating masks are vectorised on CPU, boolean ones are not
-        grad_x = (grad * inside).to(grad.dtype) if need_x else None
-        if not need_scale:
-            return grad_x, None, None, None
-        slope = clipped.addcmul_(ratio, inside, value=-1)  # dy/dscale: clip(round(r)) - r inside, the bound outside
-        return grad_x, slope.mul_(grad).sum_to_size(ctx.scale_shape).to(ctx.scale_dtype), None, None
+        if ctx.scale_shape.numel() > 1 or lo.numel() > 1 or not _is_large(ratio, grad):
+            grad_x, slope = _gradients(ratio, grad, lo, hi)
+            return grad_x.to(grad.dtype), slope.sum_to_size(ctx.scale_shape).to(ctx.scale_dtype), None, None
+        lo, hi = lo.reshape(()), hi.reshape(())
+        grad_x = torch.empty_like(grad) if ctx.needs_input_grad[0] else None
+        outputs = grad_x.view(-1).split(PIECE) if grad_x is not None else repeat(None)
+        pieces = zip(ratio.view(-1).split(PIECE), grad.view(-1).split(PIECE), outputs, strict=False)
+        slopes = [_gradients(r, g, lo, hi, out)[1].sum() for r, g, out in pieces]
+        return grad_x, torch.stack(slopes).sum().reshape(ctx.scale_shape).to(ctx.scale_dtype), None, None
+
+
+def _is_large(*tensors: Tensor) -> bool:
+    """Whether a pass over them in pieces pays: on a CPU, where temporaries then stay in a core's cache."""
+    return (
+        tensors[0].device.type == "cpu" and tensors[0].numel() > 2 * PIECE and all(x.is_contiguous() for x in tensors)
+    )
+
+
+def _gradients(ratio: Tensor, grad: Tensor, lo: Tensor, hi: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """grad * dy/dx, into `out` if given, and grad * dy/dscale, both of ratio's shape."""
+    code = ratio.round()
+    clipped = code.clamp_min(lo).clamp_max_(hi)
+    inside = code.eq_(clipped)  # 1.0 or 0.0: floating masks are vectorised on CPU, boolean ones are not
+    grad_x = torch.mul(grad, inside, out=out)
+    slope = clipped.addcmul_(ratio, inside, value=-1)  # dy/dscale: clip(round(r)) - r inside, the bound outside
+    return grad_x, slope.mul_(grad)
 
 
 def adaround_init(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:

@@ -37,6 +37,7 @@ KINDS = {  # of quantizers in a checkpoint -> the classes that rebuild them with
     "per_step": "dqbench.quant.clock:StepQuantizer",
 }
 
+
 @dataclass
 class WeightRule:
     """How weights are quantized. estimator: see ranges.py; granularity: per_tensor | per_channel | per_group."""

@@ -23,6 +23,7 @@ from torch import Tensor
 from dqbench.quant.functional import qrange
 from dqbench.quant.range_search import Candidates, best_candidate
 
+ESTIMATORS = ("minmax", "scaled_minmax", "percentile", "mse", "ptq4dm")
 SCALE_FLOOR = 1e-8
 Pair = tuple[Tensor, Tensor]  # (low, high) or (scale, zero_point), [R] each
 
@@ -73,7 +74,7 @@ def choose_qparams(
         return _mse(x, low, high, rule)
     if estimator == "ptq4dm":
         return ptq4dm_qparams(*ptq4dm_range(x, n_bits, official=official, p=p), n_bits, official=official)
-    raise ValueError(f"estimator {estimator!r}: choose minmax, scaled_minmax, percentile, mse or ptq4dm")
+    raise ValueError(f"estimator {estimator!r}: choose one of {', '.join(ESTIMATORS)}")
 
 
 def extremes(x: Tensor) -> Pair:
@@ -91,13 +92,11 @@ def percentile_range(x: Tensor, percentile: float) -> Pair:
     return x.kthvalue(last - rank + 1, dim=1).values, x.kthvalue(rank + 1, dim=1).values
 
 
-def ema_update(low: Tensor, high: Tensor, x: Tensor, momentum: float) -> Pair:
-    """Running (low, high): momentum * old + (1 - momentum) * extremes of x: [R, M]. Q-Diffusion: momentum 0.95."""
-    return blend((low, high), extremes(x), momentum)
-
-
 def blend(running: Pair, new: Pair, momentum: float) -> Pair:
-    """momentum * running + (1 - momentum) * new, low and high. PTQ4DM: `ptq4dm_range` of each batch, momentum 0.9."""
+    """momentum * running + (1 - momentum) * new, low and high.
+
+    Q-Diffusion: `extremes` of each batch, momentum 0.95. PTQ4DM: `ptq4dm_range` of each batch, momentum 0.9.
+    """
     return running[0] * momentum + new[0] * (1 - momentum), running[1] * momentum + new[1] * (1 - momentum)
 
 

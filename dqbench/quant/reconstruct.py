@@ -7,14 +7,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from itertools import takewhile
+from itertools import chain, takewhile
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from dqbench.calibration import CalibrationSet, named_generator, named_seed
 from dqbench.config import Recon
@@ -26,6 +28,7 @@ from dqbench.quant.quantizers import ActQuantizer, act_quantizers
 from dqbench.stages import scratch
 
 log = logging.getLogger(__name__)
+HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclass
@@ -88,8 +91,8 @@ def learn_rounding(job: Job, name: str, source: Call, target: Call) -> float:
     loss = torch.zeros(())
     members = [job.layers[key] for key in job.units[name]]
     with (
+        learning(unit, recon, named_seed(f"dropout/{name}", job.calib.seed)),
         rounding(members, recon.split_penalty == "first") as rounders,
-        unit_mode(unit, recon, name, job.calib.seed),
     ):
         optimizer = torch.optim.Adam([rounder.alpha for rounder in rounders], lr=recon.lr, fused=True)
         for count, (args, kwargs, wanted) in enumerate(mini_batches(job, name, source, target, recon.iters), start=1):
@@ -137,7 +140,8 @@ def learn_steps(job: Job, name: str, call: Call) -> None:
     recon, unit = job.recon, job.student.get_submodule(name)
     if not recon.iters_act:
         return
-    with learning_scales(act_quantizers(unit)) as scales, unit_mode(unit, recon, name, job.calib.seed):
+    seed = named_seed(f"dropout/{name}", job.calib.seed)
+    with learning(unit, recon, seed), learning_scales(act_quantizers(unit)) as scales:
         optimizer = torch.optim.Adam(scales, lr=recon.lr_act, fused=True)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recon.iters_act)
         bounds = [(scale.detach() / 2, scale.detach() * 2) for scale in scales] if recon.bound_steps else []
@@ -191,21 +195,51 @@ def mini_batches(job: Job, name: str, source: Call, target: Call, iters: int) ->
     device = next(job.student.parameters()).device
     generator = named_generator(f"reconstruct/{name}", job.calib.seed)
     size = min(job.recon.batch_size, len(job.calib))
+    half = any(dtype in HALF for call in (source, target) for dtype in call.rows.dtypes.values())
     for _ in range(iters):
         rows = torch.randperm(len(job.calib), generator=generator)[:size].numpy()
-        yield *source.batch(rows, device), target.rows.read("output", rows, device)
+        batch = (*source.batch(rows, device), target.rows.read("output", rows, device))
+        yield widened(batch) if half else batch
 
 
 @contextmanager
-def unit_mode(unit: nn.Module, recon: Recon, name: str, seed: int) -> Iterator[None]:
-    """Inside: dropout is active, if asked for, and draws from a generator of the unit's own."""
+def learning(unit: nn.Module, recon: Recon, seed: int) -> Iterator[None]:
+    """Inside: the unit computes in float32 at least, and its dropout is active, if asked for, drawing from `seed`."""
     with ExitStack() as stack:
+        stack.enter_context(in_float32(unit))
         if recon.dropout:
-            stack.enter_context(torch.random.fork_rng())
-            torch.manual_seed(named_seed(f"dropout/{name}", seed) & 0x7FFFFFFF)
+            device = next(unit.parameters()).device
+            stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+            torch.manual_seed(seed & 0x7FFFFFFF)
             unit.train()
             stack.callback(unit.eval)
         yield
+
+
+@contextmanager
+def in_float32(unit: nn.Module) -> Iterator[None]:
+    """Inside: what the unit holds in half precision is float32. After: half again, with what was learned.
+
+    Mean losses over a whole image have gradients that float16 cannot represent, and Adam's steps are lost in bfloat16.
+    """
+    halves = {name: tensor.dtype for name, tensor in tensors_of(unit) if tensor.dtype in HALF}
+    for _, tensor in tensors_of(unit):
+        tensor.data = widened(tensor.data)
+    try:
+        yield
+    finally:
+        for name, tensor in tensors_of(unit):
+            tensor.data = tensor.data.to(halves.get(name, tensor.dtype))
+
+
+def tensors_of(unit: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The parameters and buffers of a unit by name."""
+    return chain(unit.named_parameters(), unit.named_buffers())
+
+
+def widened(value: Any) -> Any:
+    """`value`, nested as a unit's arguments are, with float32 in place of half-precision tensors."""
+    return tree_map(lambda x: x.float() if isinstance(x, Tensor) and x.dtype in HALF else x, value)
 
 
 @contextmanager

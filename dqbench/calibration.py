@@ -211,7 +211,7 @@ def pick(calib: Calib, steps: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """
     if calib.policy == "uniform":
         kept = np.arange(0, steps, steps // (calib.steps or steps))
-        per_step = max(1, calib.samples // len(kept))
+        per_step = calib.chains if calib.samples is None else max(1, calib.samples // len(kept))
         return np.tile(np.arange(per_step) % calib.chains, len(kept)), np.repeat(kept, per_step)
     if calib.policy == "fixed":
         return np.arange(calib.samples) % calib.chains, np.full(calib.samples, middle(calib, steps))

@@ -87,7 +87,7 @@ class Calib:
     policy: str
     chains: int  # full-precision sampling chains recorded
     steps: int | None  # uniform: how many sampler steps are kept; None: all of them
-    samples: int  # size of the set; uniform: samples / steps per kept step
+    samples: int | None  # size of the set; uniform: samples / steps per kept step, None: every chain
     batch_size: int  # rows that pass the network at once while ranges are collected; running ranges depend on it
     mean: float  # normal: in units of the number of steps, from the clean end
     std: float

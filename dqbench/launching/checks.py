@@ -59,7 +59,9 @@ def check_ranges(cfg: DictConfig) -> None:
     calib, recon, sampler = cfg.calib, cfg.recon, cfg.sampler
     uniform = calib.policy == "uniform"
     kept = calib.steps or sampler.steps
-    if uniform and calib.samples // kept > calib.chains:
+    if not uniform and calib.samples is None:
+        raise UserError(f"calib.samples=null has no meaning for calib.policy={calib.policy}; allowed: 1 or more")
+    if uniform and calib.samples is not None and calib.samples // kept > calib.chains:
         given = f"calib.samples={calib.samples} is more than {kept} steps x calib.chains={calib.chains}"
         raise UserError(f"{given}; allowed: at most their product")
     check_range("sampler", sampler, {"steps": (1, None), "eta": (0, 1), "num_samples": (2, None)})

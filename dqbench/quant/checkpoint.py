@@ -22,8 +22,9 @@ from dqbench.quant.clock import attach_clock, timesteps_of
 from dqbench.quant.feature_cache import describe_caches, install_caches
 from dqbench.quant.plan import LayerBits
 from dqbench.quant.quantizers import from_spec
+from dqbench.quant.storage import load_storages, save_storages
 
-DESCRIPTION, WEIGHTS = "quantization.json", "denoiser.safetensors"
+DESCRIPTION, WEIGHTS, STORED = "quantization.json", "denoiser.safetensors", "weight_storage.safetensors"
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
@@ -66,8 +67,9 @@ def install(model: nn.Module, description: dict[str, Any]) -> None:
 
 
 def save_denoiser(pipe: DiffusionPipeline, folder: Path) -> None:
-    """Write the quantized denoiser and the scheduler's config to `folder`."""
+    """Write the quantized denoiser, its weights as they are stored, and the scheduler's config to `folder`."""
     model = denoiser(pipe)
+    save_storages(model, folder / STORED)
     save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / WEIGHTS)
     (folder / DESCRIPTION).write_text(json.dumps(describe(model), indent=1))
     pipe.scheduler.save_pretrained(folder / "scheduler")
@@ -77,6 +79,7 @@ def load_denoiser(pipe: DiffusionPipeline, folder: Path) -> DiffusionPipeline:
     """The quantized twin of the full-precision `pipe`, from what save_denoiser() wrote."""
     twin = clone(pipe)
     fill(denoiser(twin), folder / DESCRIPTION, folder / WEIGHTS)
+    load_storages(denoiser(twin), folder / STORED)
     twin.scheduler = load_scheduler(folder / "scheduler" / "scheduler_config.json", pipe)
     return twin
 
@@ -120,6 +123,7 @@ def fill(model: nn.Module, description: Path, weights: Path) -> None:
 def save_pipeline(pipe: DiffusionPipeline, folder: Path) -> None:
     """Write a quantized pipeline as a diffusers folder plus quantization.json; load_pipeline() reads it."""
     pipe.save_pretrained(folder, safe_serialization=True)
+    save_storages(denoiser(pipe), folder / STORED)
     content = {**describe(denoiser(pipe)), "model": asdict(anatomy(pipe))}
     (folder / DESCRIPTION).write_text(json.dumps(content, indent=1))
 
@@ -135,6 +139,7 @@ def load_pipeline(folder: Path | str, device: str = "cpu") -> DiffusionPipeline:
     component = locate(f"diffusers.{json.loads((network / 'config.json').read_text())['_class_name']}")
     quantized = component.from_config(component.load_config(network))
     fill(quantized, file, next(network.glob("*.safetensors")))
+    load_storages(quantized, folder / STORED)
     pipe = cls.from_pretrained(folder, local_files_only=True, **{model.denoiser: quantized})
     pipe.to(torch.device(device))
     pipe.set_progress_bar_config(disable=True)

@@ -1,0 +1,94 @@
+"""Integer codes <-> bytes, and the seal that tells packed tensors from damaged ones.
+
+Codes of width w <= 8 form one stream of bits, least significant first: code i is in bits [i w, (i + 1) w), and bit j of
+the stream is bit j % 8 of byte j // 8. The last byte is filled up with zeros. Wider codes are two such streams, the low
+8 bits of all codes and then their rest. Either way a tensor takes ceil(count * w / 8) bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dqbench.errors import UserError
+
+MAX_WIDTH = 32
+SEAL = "crc32"
+
+
+def packed_bytes(count: int, width: int) -> int:
+    """Bytes of `count` codes of `width` bits."""
+    return -(-count * width // 8)
+
+
+def pack(codes: Tensor, width: int) -> Tensor:
+    """Bytes, uint8 [ceil(N w / 8)], of integer codes of any shape with N elements in [0, 2^w); w in 0..32."""
+    flat = codes.detach().cpu().flatten().numpy()
+    if not 0 <= width <= MAX_WIDTH or flat.size and (flat.min() < 0 or int(flat.max()) >> width):
+        raise ValueError(f"codes must lie in [0, 2^width) with width in 0..{MAX_WIDTH}, got width {width}")
+    return torch.from_numpy(_pack(flat.astype("<u8"), width))
+
+
+def unpack(packed: Tensor, count: int, width: int) -> Tensor:
+    """The `count` codes, [count], uint8 where w <= 8 and int64 else. Raises UserError for another number of bytes."""
+    if packed.dtype != torch.uint8 or packed.numel() != packed_bytes(count, width):
+        expected = f"{packed_bytes(count, width)} bytes for {count} codes of {width} bits"
+        raise UserError(f"packed codes are truncated or altered: {packed.numel()} {packed.dtype} instead of {expected}")
+    return torch.from_numpy(_unpack(packed.cpu().numpy(), count, width).astype(np.uint8 if width <= 8 else np.int64))
+
+
+def _pack(codes: np.ndarray, width: int) -> np.ndarray:
+    if width > 8:
+        return np.concatenate([_pack(codes & 0xFF, 8), _pack(codes >> 8, width - 8)])
+    words = np.zeros(-(-codes.size // 8), dtype="<u8")  # 8 codes are a word of `width` bytes
+    for place in range(8):
+        part = codes[place::8]
+        words[: part.size] |= part << np.uint64(place * width)
+    return words.view(np.uint8).reshape(-1, 8)[:, :width].flatten()[: packed_bytes(codes.size, width)]
+
+
+def _unpack(packed: np.ndarray, count: int, width: int) -> np.ndarray:
+    if width > 8:
+        return _unpack(packed[:count], count, 8) | _unpack(packed[count:], count, width - 8) << np.uint64(8)
+    padded = np.zeros((-(-count // 8), 8), dtype=np.uint8)
+    whole = np.zeros(len(padded) * width, dtype=np.uint8)
+    whole[: packed.size] = packed
+    padded[:, :width] = whole.reshape(-1, width) if width else 0
+    words = padded.view("<u8").ravel()
+    codes = np.empty((len(words), 8), dtype="<u8")
+    for place in range(8):
+        codes[:, place] = words >> np.uint64(place * width) & np.uint64(2**width - 1)
+    return codes.ravel()[:count]
+
+
+def nbytes(tensors: Mapping[str, Tensor]) -> int:
+    """Bytes that tensors take."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def seal(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> dict[str, Any]:
+    """`header` with a checksum of itself and of the tensors."""
+    return {**header, SEAL: checksum(tensors, header)}
+
+
+def check_seal(tensors: Mapping[str, Tensor], header: Mapping[str, Any], what: str) -> None:
+    """Raise UserError unless header and tensors are those that were sealed together."""
+    unsealed = {key: value for key, value in header.items() if key != SEAL}
+    if header.get(SEAL) != checksum(tensors, unsealed):
+        raise UserError(f"{what} is truncated or altered: its checksum does not match")
+
+
+def checksum(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> int:
+    """CRC-32 of the header as JSON, then of every tensor's name, dtype, shape and bytes, in the order of names."""
+    total = crc32(json.dumps(header, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        total = crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), total)
+        total = crc32(tensor.flatten().view(torch.uint8).numpy(), total)
+    return total

@@ -68,14 +68,16 @@ def report() -> int:
     """Print the finished cells as a table, and where they are. Returns how many are not finished."""
     from rich.console import Console
 
+    from dqbench.comparison import with_baselines
     from dqbench.report import show
     from dqbench.results import finished
+    from dqbench.results import rows as all_rows
 
     folders = list(dict.fromkeys(map(run_folder, cells)))
     rows = [row for row in map(finished, folders) if row is not None]
     if rows:
         console = Console()
-        show(rows, console)
+        show(rows if len(folders) == 1 else with_baselines(rows, all_rows(Path(cells[0].paths.results))), console)
         for name, path in results_of(folders, len(rows)).items():
             console.print(f"{name}: {path}", highlight=False, soft_wrap=True)
     return len(folders) - len(rows)

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from dqbench.comparison import in_order, label, spell
 from dqbench.metrics.text import decimals, first_fits, ordered, quantity
-from dqbench.tables import in_order, label, spell
 
 if TYPE_CHECKING:
     from dqbench.results import Row

@@ -14,8 +14,9 @@ import pytest
 from scipy import stats
 
 from dqbench import tables
+from dqbench.comparison import differences, label, settings, spell, with_baselines
 from dqbench.results import Row, encode
-from dqbench.tables import differences, grouped, markdown, merged, settings, spell
+from dqbench.tables import grouped, markdown, merged
 
 CONFIG = {
     "model": {"name": "m", "path": "zoo:m", "data": "d", "dtype": "float32", "units": ["a"], "inputs": {"sample": [8]}},
@@ -183,3 +184,15 @@ def test_work_grows_with_the_rows_not_with_their_square() -> None:
         return seen
 
     assert calls(160) < 5 * calls(40)
+
+
+def test_baselines_join_a_sweep_where_they_are_comparable():
+    found = [row(method__name="ptqd"), row(method__name="tfmq")]
+    fits = [row(method__name="rtn"), row(method__name="qdiffusion")]
+    others = [row(method__name="rtn", **change) for change in ({"seed": 1}, {"bits__act": 4}, {"sampler__eta": 1.0})]
+    joined = with_baselines(found, [*found, *fits, *others, row(method__name="ptq4dm")])
+    assert joined[:4] == [*found, *fits]
+    (full,) = joined[4:]
+    assert label(full)["method"] == "fp32" and full.metrics == found[0].reference and full.run_id == ""
+    own = row(method__name="fp32", bits__weight=8)  # has no bits to differ in
+    assert with_baselines(found, [own]) == [*found, own]

@@ -17,7 +17,6 @@ from dqbench.config import Bits, command, compose, split_json
 from dqbench.launching.checks import check
 
 if TYPE_CHECKING:
-    from rich.table import Table
     from torch import nn
 
     from dqbench.quant.plan import Plan
@@ -189,6 +188,7 @@ def plan_of(denoiser: nn.Module, cfg: DictConfig) -> tuple[Plan, Bits]:
     bits: Bits = OmegaConf.to_object(cfg.bits)
     bits = replace(bits, attention=stored_width(bits.attention), softmax=stored_width(bits.softmax))
     method = OmegaConf.to_container(cfg.method, resolve=True)
+    method = method.get("base") or method  # what a method that builds on another one quantizes is the other's
     if method["_target_"] == FULL_PRECISION:
         return {}, Bits(32, 32, 32, 32)
     weight = method.get("weight", {})
@@ -235,42 +235,12 @@ def entry(layer: LayerCost, plan: Plan, bits: Bits) -> dict[str, Any]:
     }
 
 
-def layer_table(entries: Sequence[Mapping[str, Any]]) -> Table:
-    """The per-layer table, for rich."""
-    from rich.table import Table
-
-    table = Table("kind", box=None)
-    table.add_column("layer", overflow="fold")
-    for header in ("params", "MMAC", "bits", "GBOPs", "kB"):
-        table.add_column(header, justify="right", no_wrap=True)
-    for line in entries:
-        bits = "x".join(f"{width:g}" for width in line["bits"])
-        numbers = (f"{line['macs'] / 1e6:,.2f}", bits, f"{line['bops'] / 1e9:,.2f}", f"{line['size_bytes'] / 1e3:,.1f}")
-        table.add_row(line["kind"], line["name"], f"{line['params']:,}", *numbers)
-    return table
-
-
-def total_table(name: str, total: Mapping[str, Any]) -> Table:
-    """The totals beside full precision, for rich."""
-    from rich.table import Table
-
-    table = Table("", "quantized", "fp32", "ratio", title=name)
-    for label, key, unit in (
-        ("GBOPs", "bops", 1e9),
-        ("GBOPs with attention matmuls", "bops_with_attention", 1e9),
-        ("MB", "size_bytes", 1e6),
-    ):
-        full = total[key.replace("bops", "bops_fp32") if "bops" in key else f"{key}_fp32"]
-        table.add_row(label, f"{total[key] / unit:,.3f}", f"{full / unit:,.3f}", f"{full / total[key]:.2f}")
-    table.add_row("bits per weight", f"{total['bits_per_weight']:.3f}", "32", f"{32 / total['bits_per_weight']:.2f}")
-    return table
-
-
 @command
 def main(argv: list[str]) -> None:
     """Print the bill of the configured model and method; with json=PATH also write it there."""
     from rich.console import Console
 
+    from dqbench.bill import layer_table, total_table
     from dqbench.results import atomic_write
 
     overrides, path = split_json(argv)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import diffusers
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    SchedulerMixin,  # noqa: F401 (diffusers looks for it in the module of a scheduler that it loads)
+)
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
@@ -35,11 +41,12 @@ class QuadDDIMScheduler(DDIMScheduler):
         self.timesteps = torch.from_numpy(ascending[::-1].copy()).to(device)
         self._position = num_inference_steps - 1
 
-    def step(self, model_output: Tensor, timestep: int, sample: Tensor, **kwargs: Any) -> Any:
+    @functools.wraps(DDIMScheduler.step)  # pipelines look at the signature for what they may hand on
+    def step(self, model_output: Tensor, timestep: int, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The base class's step from the current position to the one before it."""
         full, self.alphas_cumprod = self.alphas_cumprod, self._respaced
         try:
-            return super().step(model_output, self._position, sample, **kwargs)
+            return super().step(model_output, self._position, sample, *args, **kwargs)
         finally:
             self.alphas_cumprod = full
             self._position -= 1
@@ -101,13 +108,15 @@ class QuantizedOperations:
         super().set_timesteps(*args, **kwargs)
         self._largest: dict[float, float] = {}
 
-    def step(self, model_output: Tensor, timestep: int, sample: Tensor, **kwargs: Any) -> Any:
+    def quantized_step(
+        self, step: Callable, model_output: Tensor, timestep: int, sample: Tensor, **kwargs: Any
+    ) -> Any:
         """The base class's step, taken apart into mu and sigma z, and put together from quantized parts."""
         generator, eta = kwargs.pop("generator", None), kwargs.get("eta", 0.0)
         generators = generator if isinstance(generator, list) else [generator or fresh_generator()]
         twins = [one.clone_state() for one in generators]
         own, theirs = (many if len(many) > 1 else many[0] for many in (generators, twins))
-        result = super().step(model_output, timestep, sample, generator=own, **kwargs)
+        result = step(model_output, timestep, sample, generator=own, **kwargs)
         z = randn_tensor(sample.shape, generator=theirs, device=sample.device, dtype=sample.dtype)
         sigma = torch.as_tensor(self._sigma(timestep, eta, model_output), device=sample.device).to(sample.dtype)
         mu = self._on("mu", result.prev_sample - sigma * z, self.config.bound)
@@ -151,9 +160,17 @@ def fresh_generator() -> torch.Generator:
 class QuantizedDDIMScheduler(QuantizedOperations, DDIMScheduler):
     """DDIM with quantized operations."""
 
+    @functools.wraps(DDIMScheduler.step)
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        return self.quantized_step(super().step, *args, **kwargs)
+
 
 class QuantizedDDPMScheduler(QuantizedOperations, DDPMScheduler):
     """DDPM with quantized operations."""
+
+    @functools.wraps(DDPMScheduler.step)
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        return self.quantized_step(super().step, *args, **kwargs)
 
 
 def quantize_operations(scheduler: Any, operations: list[str], bound: float) -> Any:

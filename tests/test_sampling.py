@@ -178,3 +178,23 @@ def test_a_pipeline_that_loses_samples_is_an_error():
     base = pipeline()
     with pytest.raises(RuntimeError, match="3 images for 4 seeds|returned"):
         generate(Short(base.unet, base.scheduler), ddim(), [1, 2, 3, 4])
+
+
+@pytest.mark.parametrize(("spacing", "operations"), [("quad", []), ("leading", ["mu"])])
+def test_eta_and_generators_reach_our_own_schedulers(spacing, operations):
+    images = {}
+    for eta in (0.0, 1.0):
+        sampler = ddim(spacing=spacing, eta=eta)
+        pipe = pipeline(sampler=sampler)
+        if operations:
+            pipe.scheduler = quantize_operations(pipe.scheduler, operations, 4.0)
+        images[eta] = generate(pipe, sampler, [1, 2])
+        np.testing.assert_allclose(generate(pipe, sampler, [2]), images[eta][1:], atol=1e-2)
+    assert np.abs(images[0.0] - images[1.0]).max() > 0.05
+
+
+def test_a_pipeline_with_a_scheduler_of_ours_is_saved_and_loaded(tmp_path):
+    pipe = pipeline(sampler=ddim(spacing="quad"))
+    pipe.save_pretrained(tmp_path)
+    loaded = UnconditionalPipeline.from_pretrained(tmp_path)
+    assert type(loaded.scheduler) is QuadDDIMScheduler

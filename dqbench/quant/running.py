@@ -58,11 +58,11 @@ def calibrate_steps(
     """Choose all StepQuantizers' parameters, each step's from its own rows, in one pass over the set.
 
     groups: positions that share parameters, chosen from the rows of all of them; default: each on its own. Raises
-    UserError for steps without rows.
+    UserError for a group without rows.
     """
     clock, quantizers = clock_of(student), step_quantizers(student)
-    positions = positions_of(clock, calib)
     groups = [[k] for k in range(len(clock.timesteps))] if groups is None else groups
+    positions = positions_of(clock, calib, groups)
     for group in track(groups, "per-step ranges", len(groups)):
         for quantizer in quantizers:
             quantizer.calibrates(group[0])
@@ -74,18 +74,18 @@ def calibrate_steps(
 
 def check_every_step(timesteps: Iterable[float], calib: CalibrationSet) -> None:
     """Raise UserError where calibrate_steps() would: a step of the sampler without rows, rows of another sampler."""
-    positions_of(StepClock(timesteps, 1), calib)
+    clock = StepClock(timesteps, 1)
+    positions_of(clock, calib, [[k] for k in range(len(clock.timesteps))])
 
 
-def positions_of(clock: StepClock, calib: CalibrationSet) -> np.ndarray:
-    """The clock's position of each row [N]; UserError where a step of the sampler has no row."""
+def positions_of(clock: StepClock, calib: CalibrationSet, groups: Sequence[Sequence[int]]) -> np.ndarray:
+    """The clock's position of each row [N]; UserError where none of the steps of a group has a row."""
     positions = np.array([clock.find(float(t)) for t in np.asarray(calib.inputs["timestep"])])
-    missing = sorted(set(range(len(clock.timesteps))) - set(positions.tolist()))
-    if missing:
-        steps = (
-            f"{len(missing)} of the sampler's {len(clock.timesteps)} steps (timestep {clock.timesteps[missing[0]]:g}"
-        )
-        raise UserError(f"the calibration set has no rows of {steps}, ...); per-step parameters need calib=every_step")
+    there = set(positions.tolist())
+    if missing := [group for group in groups if there.isdisjoint(group)]:
+        first = f"timestep {clock.timesteps[missing[0][0]]:g}"
+        steps = f"{sum(map(len, missing))} of the sampler's {len(clock.timesteps)} steps ({first}, ...)"
+        raise UserError(f"the calibration set has no rows of {steps}; per-step parameters need calib=every_step")
     return positions
 
 

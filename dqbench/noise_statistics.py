@@ -18,7 +18,7 @@ from diffusers import DiffusionPipeline
 from scipy.stats import normaltest
 from torch import Tensor, nn
 
-from dqbench.calibration import SAMPLES, named_generator
+from dqbench.calibration import SAMPLES, named_generator, named_seed
 from dqbench.config import Sampler
 from dqbench.errors import check_choice
 from dqbench.metrics.guards import check_finite
@@ -58,6 +58,11 @@ class Statistics:
         """SNR^Q = ||e|| / ||error|| after these corrections, [S] (Eq. 14); infinite where there is no error."""
         with np.errstate(divide="ignore"):
             return self.signal / self.remaining(cnc, bc)
+
+
+def statistics_seeds(rows: range, seed: int) -> list[int]:
+    """Generator seeds of the chains along which statistics are collected: they neither calibrate nor are scored."""
+    return [named_seed(f"noise statistics/{i}", seed) for i in rows]
 
 
 def collect(

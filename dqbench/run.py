@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from diffusers import DiffusionPipeline
 from omegaconf import DictConfig, OmegaConf
 
-from dqbench.calibration import CalibrationSet, calibration_seeds, named_seed, record_trajectory, select
+from dqbench.calibration import CalibrationSet, calibration_seeds, record_trajectory, select
 from dqbench.config import THROUGHPUT, build, compose, digest, plain, run_id
 from dqbench.diagnostics import noise_errors
 from dqbench.launching.checks import check
@@ -23,7 +23,7 @@ from dqbench.launching.preflight import choose_device, preflight
 from dqbench.methods.fp32 import FP32
 from dqbench.metrics.guards import check_finite, check_samples
 from dqbench.models import checkpoint_hash, denoiser, load, read_prompts
-from dqbench.noise_statistics import collect, estimate
+from dqbench.noise_statistics import collect, estimate, statistics_seeds
 from dqbench.provenance import stamp
 from dqbench.quant.checkpoint import load_denoiser, save_denoiser
 from dqbench.record import Stages, picture, record, write_json
@@ -206,14 +206,11 @@ class Cell:
 
         def produce(folder: Path) -> None:
             student = self.load(Quantized(quantized))
-            collect(self.pipe, student, self.sampler, self.method.chains, self.statistics_seeds, folder)
+            seeds = partial(statistics_seeds, seed=self.seed)
+            collect(self.pipe, student, self.sampler, self.method.chains, seeds, folder)
 
         depends = {**self.origin, "quantized": quantized.key, "chains": self.method.chains}
         return self.store.get("statistics", depends, produce)
-
-    def statistics_seeds(self, rows: range) -> list[int]:
-        """Of chains that neither calibrate nor are scored."""
-        return [named_seed(f"noise statistics/{i}", self.seed) for i in rows]
 
     def diagnostics(self, quantized: Quantized) -> dict[str, Any]:
         """Groups of curves that the method has to show beside its numbers."""

@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 from diffusers import DiffusionPipeline
 
-from dqbench.calibration import CalibrationSet, named_seed
+from dqbench.calibration import CalibrationSet
 from dqbench.config import OFF, Bits, Sampler
 from dqbench.correction import FORMS, Switches, check_correction, correct
 from dqbench.diagnostics import curves as group
 from dqbench.errors import UserError, check_choice
 from dqbench.models import denoiser
-from dqbench.noise_statistics import ESTIMATORS, Statistics, collect, curves, estimate
+from dqbench.noise_statistics import ESTIMATORS, Statistics, collect, curves, estimate, statistics_seeds
 from dqbench.quant.clock import step_quantizers
 from dqbench.quant.step_bits import Mixed, by_range, fewest_bits, vary
 from dqbench.sampling import steps_of
@@ -133,11 +133,6 @@ class PTQD:
             "normality of the residual": group(t, {f"p, {SMALLEST_P} or more": p}, log=True),
             "signal to noise": group(t, {label: found[name] for label, name in snr.items()}, log=True),
         }
-
-
-def statistics_seeds(rows: range, seed: int) -> list[int]:
-    """Generator seeds of the chains along which statistics are collected."""
-    return [named_seed(f"noise statistics/{i}", seed) for i in rows]
 
 
 @contextmanager

@@ -6,6 +6,7 @@ Exit status: 0 done, 1 a cell failed, 2 bad input, 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
 import os
 import sys
@@ -83,6 +84,14 @@ def report() -> int:
     return len(folders) - len(rows)
 
 
+def write_studies() -> None:
+    """Let the study that a sweep names (table.study, a module of dqbench.studies) write its pages; tell where."""
+    names = {str(cfg.table.study) for cfg in cells if cfg.table is not None and "study" in cfg.table}
+    for name in sorted(names):
+        pages = importlib.import_module(f"dqbench.studies.{name}").write(Path(cells[0].paths.results))
+        print("\n".join(map(str, pages)))
+
+
 def results_of(folders: list[Path], finished: int) -> dict[str, Path]:
     """What is told about where the results are: files of a single run, the place of all rows of a sweep."""
     if len(folders) > 1:
@@ -110,6 +119,7 @@ def main() -> None:
         print("dqbench: interrupted; the same command goes on from there", file=sys.stderr)
         sys.exit(130)
     missing = report()
+    write_studies()
     if failures or missing:
         sys.exit(2 if len(cells) == 1 and isinstance(failures[-1], UserError) else 1)
 

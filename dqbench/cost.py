@@ -6,6 +6,7 @@ python -m dqbench.cost model=ddpm_cifar10 bits=w4a8 [json=PATH]
 from __future__ import annotations
 
 import json
+import pkgutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import ceil
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from dqbench.config import Bits, command, compose, split_json
+from dqbench.config import Bits, build, command, compose, split_json
 from dqbench.launching.checks import check
 
 if TYPE_CHECKING:
@@ -187,8 +188,10 @@ def plan_of(denoiser: nn.Module, cfg: DictConfig) -> tuple[Plan, Bits]:
 
     bits: Bits = OmegaConf.to_object(cfg.bits)
     bits = replace(bits, attention=stored_width(bits.attention), softmax=stored_width(bits.softmax))
-    method = OmegaConf.to_container(cfg.method, resolve=True)
-    method = method.get("base") or method  # what a method that builds on another one quantizes is the other's
+    node = cfg.method.get("base") or cfg.method  # what a method that builds on another one quantizes is the other's
+    method = OmegaConf.to_container(node, resolve=True)
+    if hasattr(pkgutil.resolve_name(method["_target_"]), "plan"):
+        return build(node).plan(denoiser, bits), bits
     if method["_target_"] == FULL_PRECISION:
         return {}, Bits(32, 32, 32, 32)
     weight = method.get("weight", {})
@@ -205,12 +208,12 @@ def plan_of(denoiser: nn.Module, cfg: DictConfig) -> tuple[Plan, Bits]:
 
 def report(cfg: DictConfig) -> dict[str, Any]:
     """The bill of a composed config: {model, bits, total, layers}; the denoiser is built without weights."""
-    from dqbench.architectures import build
+    from dqbench.architectures import build as on_meta
     from dqbench.models import architecture, input_shapes
 
     model = OmegaConf.to_object(cfg.model)
     config = architecture(model)
-    denoiser = build(config)
+    denoiser = on_meta(config)
     found = layers(denoiser, input_shapes(model, config))
     plan, bits = plan_of(denoiser, cfg)
     return {

@@ -102,6 +102,8 @@ class Cell:
         for method in (self.method, getattr(self.method, "base", None)):
             if hasattr(method, "check"):
                 method.check(self.sampler, scheduler)
+            if hasattr(method, "check_bits"):
+                method.check_bits(self.bits)
         self._loaded: tuple[Quantized, DiffusionPipeline] | None = None
 
     @cached_property

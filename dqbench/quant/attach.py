@@ -7,6 +7,7 @@ state dict stay as they were.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from dqbench.config import OFF, Bits
 from dqbench.progress import track
+from dqbench.quant import uniform
 from dqbench.quant.adaround import AdaRound
 from dqbench.quant.attention import PARTS, QuantAttnProcessor, attention_layers, check_quantizable
 from dqbench.quant.functional import fake_quantize
@@ -58,6 +60,7 @@ def prepare(student: nn.Module, plan: Plan, rule: WeightRule, splits: dict[str, 
         layers[name] = QuantLayer(layer, weight, grid, int(bits.act), split)
         if grid is not None:
             layer.weight.data = fake_quantize(weight, grid.scale, grid.zero_point, grid.qmin, grid.qmax)
+            layer.pack_weight = functools.partial(uniform.store, grid=grid, rule=rule, split=split)  # for freeze()
     return layers
 
 
@@ -177,7 +180,7 @@ def as_attached(layer: nn.Module, bits: LayerBits) -> LayerBits:
         return bits
     if not hasattr(layer, "act_quantizer") or layer.act_site != "input":
         return replace(bits, act=32)
-    quantizers = act_quantizers(layer.act_quantizer)
+    quantizers = act_quantizers(layer.act_quantizer) or [layer.act_quantizer]
     widths = [width for quantizer in quantizers for width in getattr(quantizer, "widths", [quantizer.n_bits])]
     same = len(set(widths)) == 1
     groups = sum(quantizer.scale.numel() for quantizer in quantizers)
@@ -185,7 +188,12 @@ def as_attached(layer: nn.Module, bits: LayerBits) -> LayerBits:
 
 
 def freeze(student: nn.Module) -> nn.Module:
-    """No gradients, eval mode: nothing changes from here on."""
+    """No gradients, eval mode, weights on a grid stored as codes: nothing changes from here on."""
+    for name, layer in student.named_modules():
+        pack = vars(layer).pop("pack_weight", None)
+        if pack is not None and student.plan[name].weight and (storage := pack(layer.weight)) is not None:
+            layer.weight_storage = storage
+            layer.weight.data += 0.0  # codes know no -0
     return student.requires_grad_(False).eval()
 
 

@@ -35,6 +35,9 @@ KINDS = {  # of quantizers in a checkpoint -> the classes that rebuild them with
     "uniform": "dqbench.quant.quantizers:ActQuantizer",
     "split": "dqbench.quant.quantizers:SplitQuantizer",
     "per_step": "dqbench.quant.clock:StepQuantizer",
+    "zero_suppression": "dqbench.quant.dynamic:LzsQuantizer",
+    "block_format": "dqbench.quant.dynamic:BlockQuantizer",
+    "two_stage": "dqbench.quant.residual_acts:TwoStageQuantizer",
 }
 
 

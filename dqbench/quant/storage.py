@@ -22,7 +22,9 @@ from dqbench.quant.packing import check_seal, nbytes, seal
 
 FORMAT, VERSION = "dqbench.weight_storage", 1
 KINDS = {  # kind of a weight storage -> the function (tensors, header) -> weight
-    "two_stage": "dqbench.quant.residual:unpack",
+    "two_stage": "dqbench.quant.residual_weights:unpack",
+    "block_format": "dqbench.quant.block_weights:unpack",
+    "uniform": "dqbench.quant.uniform:unpack",
 }
 
 
@@ -78,7 +80,9 @@ def storages(model: nn.Module) -> dict[str, WeightStorage]:
 def save_storages(model: nn.Module, file: Path) -> None:
     """Write the weight storages of a network to a safetensors file: LAYER/TENSOR, headers in its metadata."""
     found = storages(model)
-    tensors = {f"{name}/{key}": value.contiguous() for name, item in found.items() for key, value in item.pack().items()}
+    tensors = {
+        f"{name}/{key}": value.contiguous() for name, item in found.items() for key, value in item.pack().items()
+    }
     headers = {name: item.header() for name, item in found.items()}
     save_file(tensors, file, {"format": FORMAT, "version": str(VERSION), "headers": json.dumps(headers)})
 

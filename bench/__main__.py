@@ -46,12 +46,18 @@ def main(argv: list[str]) -> None:
     raw = {}
     ratios, raw["memory"] = memory.bench(quick)  # first: a child's peak counts that of the process it was forked from
     console.print(f"memory: {time.perf_counter() - started:.0f} s", style="dim")
-    from bench import ranges, reconstruction, sampling, stepwise
+    from bench import ranges, reconstruction, sampling, sparse, stepwise
 
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     check_equality()
     console.print("equal: losses, alphas and activation steps of ours and of the plain implementation")
-    parts = {"reconstruction": reconstruction, "ranges": ranges, "sampling": sampling, "stepwise": stepwise}
+    parts = {
+        "reconstruction": reconstruction,
+        "ranges": ranges,
+        "sampling": sampling,
+        "stepwise": stepwise,
+        "sparse": sparse,
+    }
     for name, part in parts.items():
         found, raw[name] = part.bench(quick)
         ratios += found

@@ -74,14 +74,19 @@ def nbytes(tensors: Mapping[str, Tensor]) -> int:
 
 def seal(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> dict[str, Any]:
     """`header` with a checksum of itself and of the tensors."""
-    return {**header, SEAL: checksum(tensors, header)}
+    unsealed = without_seal(header)
+    return {**unsealed, SEAL: checksum(tensors, unsealed)}
 
 
 def check_seal(tensors: Mapping[str, Tensor], header: Mapping[str, Any], what: str) -> None:
     """Raise UserError unless header and tensors are those that were sealed together."""
-    unsealed = {key: value for key, value in header.items() if key != SEAL}
-    if header.get(SEAL) != checksum(tensors, unsealed):
+    if header.get(SEAL) != checksum(tensors, without_seal(header)):
         raise UserError(f"{what} is truncated or altered: its checksum does not match")
+
+
+def without_seal(header: Mapping[str, Any]) -> dict[str, Any]:
+    """`header` without its checksum."""
+    return {key: value for key, value in header.items() if key != SEAL}
 
 
 def checksum(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> int:

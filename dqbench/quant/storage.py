@@ -84,7 +84,7 @@ def save_storages(model: nn.Module, file: Path) -> None:
         f"{name}/{key}": value.contiguous() for name, item in found.items() for key, value in item.pack().items()
     }
     headers = {name: item.header() for name, item in found.items()}
-    save_file(tensors, file, {"format": FORMAT, "version": str(VERSION), "headers": json.dumps(headers)})
+    save_file(tensors, file, {"format": FORMAT, "version": str(VERSION), "headers": json.dumps(headers, separators=(",", ":"))})
 
 
 def load_storages(model: nn.Module, file: Path) -> None:

@@ -1,0 +1,219 @@
+"""A finished run as a packed pipeline: a diffusers folder whose weights are codes. docs/packed_format.md describes it.
+
+python -m dqbench.export run_id=ID [results=DIR] [to=FOLDER] [layout=plain|torchao] [json=PATH]
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from dqbench.config import Config, command, compose, plain, split_json
+from dqbench.errors import UserError, check_choice
+from dqbench.load import DESCRIPTION, FORMAT, PACKED, REST, VERSION, held, lines, read_manifest
+from dqbench.results import Row, atomic_write, rows, select
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+    from torch import nn
+
+    from dqbench.run import Cell, Quantized
+
+ARGUMENTS = ("run_id", "results", "to", "layout")
+USAGE = "allowed: run_id=ID [results=DIR] [to=FOLDER] [layout=plain|torchao] [json=PATH]"
+LAYOUTS = ("plain", "torchao")  # torchao: its own form of linear weights beside the packed ones
+
+
+def save_packed(
+    pipe: DiffusionPipeline,
+    folder: Path | str,
+    origin: Mapping[str, Any] | None = None,
+    billed: int | None = None,
+    layout: str = "plain",
+) -> dict[str, Any]:
+    """Write a quantized pipeline to a new folder that load.from_packed() reads; returns the manifest.
+
+    origin: JSON-able, where it comes from; billed: bytes of the denoiser by its bill. The folder appears when complete.
+    """
+    from dqbench.models import anatomy, denoiser
+    from dqbench.quant.checkpoint import describe
+    from dqbench.quant.compact import pack_state
+    from dqbench.quant.storage import save_storages, storages
+    from dqbench.torchao_layout import save_torchao
+
+    network, model, folder = denoiser(pipe), anatomy(pipe), Path(folder)
+    check_choice("layout", layout, LAYOUTS)
+    if not storages(network):
+        raise UserError("there is nothing to pack: no weight of the denoiser is quantized")
+    with appearing(folder) as part:
+        save_components(pipe, model.denoiser, part)
+        save_storages(network, part / model.denoiser / PACKED)
+        save_rest(*pack_state(network), part / model.denoiser / REST)
+        if layout == "torchao":
+            save_torchao(network, part / model.denoiser / "torchao.safetensors")
+        description = {**describe(network), "diagnostics": {}, "model": asdict(model)}
+        (part / DESCRIPTION).write_text(json.dumps(description, indent=1))
+        sampler = getattr(pipe, "sampler", None)
+        content = {"origin": dict(origin or {}), "sampler": sampler and asdict(sampler), "denoiser": model.denoiser}
+        write_manifest(part, content | {"sizes": {**sizes(network, part / model.denoiser), "billed_bytes": billed}})
+    return read_manifest(folder)
+
+
+@contextmanager
+def appearing(folder: Path) -> Iterator[Path]:
+    """A hidden folder beside `folder` to write to; it takes the name when the block ends well, else it is deleted.
+
+    What a killed attempt left is deleted first. Raises UserError where the name is taken.
+    """
+    check_free(folder)
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        yield part
+        part.rename(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def check_free(folder: Path) -> None:
+    """Raise UserError where there is a file or folder of this name."""
+    if folder.exists():
+        raise UserError(f"{folder} exists already; delete it, or give another one as to=FOLDER")
+
+
+def save_components(pipe: DiffusionPipeline, denoiser: str, folder: Path) -> None:
+    """All of a diffusers folder but the denoiser's weights: VAE, text encoder, tokenizer and scheduler are copied."""
+    pipe.save_config(folder)
+    for name, component in pipe.components.items():
+        if name == denoiser:
+            component.save_config(folder / name)
+        elif component is not None:
+            component.save_pretrained(folder / name)
+
+
+def save_rest(tensors: dict[str, Any], metadata: dict[str, str], file: Path) -> None:
+    """What of the denoiser is not packed."""
+    from safetensors.torch import save_file
+
+    save_file(tensors, file, {"format": FORMAT, "version": str(VERSION), **metadata})
+
+
+def write_manifest(folder: Path, content: dict[str, Any]) -> None:
+    """Format, version, content and the checksums of all files, sealed."""
+    from dqbench.quant.packing import seal
+    from dqbench.stages import MANIFEST, checksums
+
+    manifest = {"format": FORMAT, "version": VERSION, **content, "files": checksums(folder)}
+    (folder / MANIFEST).write_text(json.dumps(seal({}, manifest), indent=1))
+
+
+def sizes(network: nn.Module, folder: Path) -> dict[str, Any]:
+    """Bytes of packed weights and of the whole denoiser: in 32 bits, of the stored tensors, and of the files.
+
+    unpacked: planned weights that no storage holds, in full precision therefore.
+    """
+    from dqbench.quant.storage import storages
+
+    packed, plan = storages(network), getattr(network, "plan", {})
+    files = {name: (folder / name).stat().st_size for name in (PACKED, REST)}
+    tensors = {name: size - header_bytes(folder / name) for name, size in files.items()}
+    weights = sum(network.get_submodule(name).weight.numel() for name in packed)
+    return {
+        "packed": {"fp32_bytes": 4 * weights, "tensor_bytes": tensors[PACKED], "file_bytes": files[PACKED]},
+        "denoiser": {
+            "fp32_bytes": 4 * sum(parameter.numel() for parameter in network.parameters()),
+            "tensor_bytes": sum(tensors.values()),
+            "file_bytes": sum(files.values()),
+        },
+        "unpacked": [name for name, own in plan.items() if 0 < own.weight < 32 and name not in packed],
+    }
+
+
+def header_bytes(file: Path) -> int:
+    """Bytes of a safetensors file before its tensors: the header, and 8 that say how long that is."""
+    with file.open("rb") as content:
+        return 8 + int.from_bytes(content.read(8), "little")
+
+
+def export(row: Row, results: Path, folder: Path, layout: str = "plain") -> dict[str, Any]:
+    """Pack the pipeline of a finished run; returns the manifest. Stages that the cache has lost are computed again."""
+    from dqbench.run import Cell
+    from dqbench.stages import taking_turns
+
+    check_free(folder)
+    cell = Cell(config_of(row, results))
+    method = row.config["method"]["name"]
+    with taking_turns(cell.store.root, f"packed-{row.run_id}"):
+        there = set(cell.store.root.glob("*/*"))
+        quantized = cell.quantize(cell.calibrate())
+        if quantized.denoiser is None:
+            raise UserError(f"run {row.run_id} is {method}: there is nothing to pack; allowed: a run that quantizes")
+        if lost := [name for name, part in quantized.parts.items() if part.folder not in there]:
+            commit = row.provenance.get("git_commit")
+            print(f"no longer in the cache, computed again by this code (the row's is {commit}): {', '.join(lost)}")
+        origin = origin_of(row, cell, quantized)
+        return save_packed(cell.load(quantized), folder, origin, row.cost["size_bytes"], layout)
+
+
+def origin_of(row: Row, cell: Cell, quantized: Quantized) -> dict[str, Any]:
+    """Where a packed pipeline comes from."""
+    from dqbench.provenance import version
+
+    return {
+        "run_id": row.run_id,
+        "model": cell.model.name,
+        "method": row.config["method"]["name"],
+        "bits": row.config["bits"],
+        "seed": cell.seed,
+        "checkpoint": cell.origin["checkpoint"],
+        "artifacts": {name: part.key for name, part in quantized.parts.items()},
+        "dqbench": version("dqbench"),
+        "git_commit": quantized.denoiser.stamp.get("git_commit"),
+    }
+
+
+def config_of(row: Row, results: Path) -> DictConfig:
+    """The config of a run: what its row holds, with paths below `results` and defaults for all that no result needs."""
+    default = compose([f"paths.results={results}", "metrics=none", "tracking=none"])
+    content = {key: plain(default[key]) for key in ("metrics", "tracking", "paths", "runtime", "sampler")}
+    own = {key: value for key, value in row.config.items() if key != "metrics"}
+    own["sampler"] = content["sampler"] | own["sampler"]  # how many samples at once is not in a row
+    return OmegaConf.merge(OmegaConf.structured(Config), content | own)
+
+
+def read_arguments(argv: list[str]) -> tuple[dict[str, str], Path | None]:
+    """(values by name, where JSON goes). Raises UserError for anything else."""
+    pairs, target = split_json(argv)
+    given = dict(pair.partition("=")[::2] for pair in pairs)
+    if unknown := [pair for pair in pairs if pair.partition("=")[0] not in ARGUMENTS]:
+        raise UserError(f"{unknown[0]} is unknown; {USAGE}")
+    if not all(given.values()) or "run_id" not in given:
+        raise UserError(f"run_id=ID is missing, or a value is; {USAGE}")
+    check_choice("layout", given.setdefault("layout", "plain"), LAYOUTS)
+    return given, target
+
+
+@command
+def main(argv: list[str]) -> None:
+    """Pack a finished run; print what was written, with json=PATH also write that there."""
+    given, target = read_arguments(argv)
+    results = Path(given.get("results", "results"))
+    (row,) = select(rows(results), [given["run_id"]], str(results))
+    folder = Path(given.get("to", results / "runs" / row.run_id / "packed"))
+    manifest = export(row, results, folder, given["layout"])
+    content = held(folder, manifest)
+    print("\n".join([str(folder), *lines(content)]))
+    if target:
+        atomic_write(target, json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""A weight on a uniform grid as it is stored: packed integer codes, with scales and zero points once per group.
+
+weight = scale (code - zero_point), codes in [0, 2^b): one product, rounded once, which is how functional.fake_quantize
+and AdaRound bake it, so unpack() is bit-equal. Columns of the matrix [O, M] that share a scale: `group_size` in a row,
+or all; where there is a split (a column, 0: none), of those before it and of those from it on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dqbench.errors import UserError
+from dqbench.quant import packing
+from dqbench.quant.quantizers import Grid, WeightRule
+from dqbench.quant.storage import Packed
+
+KIND, VERSION = "uniform", 1
+
+
+def store(weight: Tensor, grid: Grid, rule: WeightRule, split: int) -> Packed | None:
+    """The storage of `weight` [O, I, ...], baked on `grid`; None where it is not bit-equal to what that would unpack.
+
+    rule: what the grid was chosen by; split: in input channels. scale, zero_point: [R, G], R = 1 per tensor, else O.
+    """
+    flat = weight.detach().cpu().flatten(1)
+    n_bits, split = (grid.qmax - grid.qmin).bit_length(), split * (flat.shape[1] // weight.shape[1])
+    spans = spans_of(flat.shape[1], rule.group_size, split)
+    rows, firsts = slice(1 if rule.granularity == "per_tensor" else None), [first for first, _ in spans]
+    full = (values.expand(weight.shape).flatten(1).cpu() for values in (grid.scale, grid.zero_point))
+    scale, zero_point = (values[rows, firsts] for values in full)
+    zero_point = zero_point.long() - grid.qmin
+    codes = (flat / spread(scale, spans)).round().long() + spread(zero_point, spans)
+    if not fits(codes, n_bits) or width_of(zero_point, n_bits) > packing.MAX_WIDTH:
+        return None
+    packed, place = pack_whole(zero_point, n_bits)
+    header = {"version": VERSION, "shape": list(weight.shape), "dtype": str(weight.dtype).removeprefix("torch.")}
+    header |= {"bits": n_bits, "group_size": rule.group_size, "split": split, "zero_point": place}
+    tensors = {"codes": packing.pack(codes, n_bits), "scale": scale.contiguous(), "zero_point": packed}
+    found = Packed.of(KIND, tensors, header)
+    return found if torch.equal(unpack(tensors, header), weight.detach().cpu()) else None
+
+
+def unpack(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> Tensor:
+    """The weight that store() was given. Raises UserError for another version."""
+    if header["version"] != VERSION:
+        raise UserError(f"weight storage {KIND} has version {header['version']}; readable: {VERSION}")
+    shape, scale = header["shape"], tensors["scale"]
+    count = torch.Size(shape).numel()
+    codes = packing.unpack(tensors["codes"], count, header["bits"]).reshape(shape[0], -1).long()
+    zero_point = unpack_whole(tensors["zero_point"], scale.numel(), header["zero_point"]).reshape(scale.shape)
+    spans = spans_of(codes.shape[1], header["group_size"], header["split"])
+    whole = codes - spread(zero_point, spans)
+    return (whole.to(scale.dtype) * spread(scale, spans)).reshape(shape).to(getattr(torch, header["dtype"]))
+
+
+def spans_of(columns: int, group_size: int | None, split: int) -> list[tuple[int, int]]:
+    """(first, end) of the columns that share a scale, as quantizers.column_spans() makes them."""
+    parts = ((0, split), (split, columns)) if split else ((0, columns),)
+    size = group_size or columns
+    return [(first, min(first + size, end)) for low, end in parts for first in range(low, end, size)]
+
+
+def spread(values: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:
+    """[R, G], one for each span -> [R, M], or [R, 1] where there is one."""
+    if len(spans) == 1:
+        return values
+    return values.repeat_interleave(torch.tensor([end - first for first, end in spans]), dim=1)
+
+
+def fits(codes: Tensor, n_bits: int) -> bool:
+    """Whether codes lie in [0, 2^b)."""
+    return not codes.numel() or bool(codes.min() >= 0) and int(codes.max()) < 2**n_bits
+
+
+def width_of(values: Tensor, n_bits: int) -> int:
+    """Bits that whole numbers take: n_bits, more where they do not lie in [0, 2^n_bits)."""
+    low, high = (int(end) for end in torch.aminmax(values))
+    return max(n_bits, (high - min(low, 0)).bit_length())
+
+
+def pack_whole(values: Tensor, n_bits: int) -> tuple[Tensor, dict[str, int]]:
+    """(bytes, {bits, low}) of whole numbers, each as value - low; n_bits and 0 where they lie in [0, 2^n_bits)."""
+    if not torch.equal(values.long().to(values.dtype), values):
+        raise UserError("zero points that are no whole numbers cannot be packed")
+    values = values.long()
+    width, low = width_of(values, n_bits), min(int(values.min()), 0)
+    if width > packing.MAX_WIDTH:
+        raise UserError(f"zero points over a range of {width} bits cannot be packed; allowed: {packing.MAX_WIDTH}")
+    return packing.pack(values - low, width), {"bits": width, "low": low}
+
+
+def unpack_whole(packed: Tensor, count: int, place: Mapping[str, int]) -> Tensor:
+    """The whole numbers, int64 [count], that pack_whole() was given."""
+    return packing.unpack(packed, count, place["bits"]).long() + place["low"]

@@ -83,8 +83,8 @@ def save_storages(model: nn.Module, file: Path) -> None:
     tensors = {
         f"{name}/{key}": value.contiguous() for name, item in found.items() for key, value in item.pack().items()
     }
-    headers = {name: item.header() for name, item in found.items()}
-    save_file(tensors, file, {"format": FORMAT, "version": str(VERSION), "headers": json.dumps(headers, separators=(",", ":"))})
+    headers = json.dumps({name: item.header() for name, item in found.items()}, separators=(",", ":"))
+    save_file(tensors, file, {"format": FORMAT, "version": str(VERSION), "headers": headers})
 
 
 def load_storages(model: nn.Module, file: Path) -> None:

@@ -27,10 +27,18 @@ def label(row: Row) -> dict[str, str]:
     return {
         "model": str(row.config.get("model", {}).get("name", "?")),
         "method": name,
-        "bits": "–" if name == "fp32" else "w{}a{}".format(bits.get("weight", "?"), bits.get("act", "?")),
+        "bits": "–" if name == "fp32" else f"w{bits.get('weight', '?')}a{act_bits(row)}",
         "sampler": f"{sampler.get('scheduler', '?').removesuffix('Scheduler')} {sampler.get('steps', '?')} steps",
         "samples": f"{sampler.get('num_samples', 0):,} samples",
     }
+
+
+def act_bits(row: Row) -> str:
+    """Activation bits; where they vary over the sampling steps, '~' and their mean as it is billed."""
+    mixed = row.config.get("method", {}).get("mixed") or {}
+    if mixed.get("mode", "none") != "none":
+        return f"~{row.cost['bits_per_act']:.1f}"
+    return str(row.config.get("bits", {}).get("act", "?"))
 
 
 def title(row: Row) -> str:

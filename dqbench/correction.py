@@ -69,6 +69,8 @@ class CorrectedStep:
     def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
         """The base class's, from the first position; UserError where the statistics are those of another schedule."""
         super().set_timesteps(*args, **kwargs)
+        if "correction" not in self.config:  # some classes call this while they are constructed
+            return
         known, wanted = self.config.correction["timesteps"], [float(t) for t in self.timesteps.tolist()]
         if list(known) != wanted:
             raise UserError(
@@ -99,7 +101,8 @@ class CorrectedDDIMStep(CorrectedStep):
     """VSC of DDIM: sigma'^2 = sigma^2 - C^2 (s / (1 + k))^2, at least 0.
 
     C = sqrt(1 - a_p - sigma^2) - sqrt(a_p (1 - a_t) / a_t). paper: the direction towards x_t keeps sigma, the noise
-    takes sigma'; official_master (the authors' release): both take sigma'.
+    takes sigma'; official_master (the authors' release): both take sigma'. Where x_0 is clipped (clip_sample), which
+    the paper's models do not do, the error does not pass through it: there C is its first term alone.
     """
 
     def calibrated(self, model_output: Tensor, timestep: float, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -114,10 +117,12 @@ class CorrectedDDIMStep(CorrectedStep):
             like = {"device": model_output.device, "dtype": model_output.dtype}
             noise = randn_tensor(model_output.shape, generator=generator, **like)
         sigma2 = eta**2 * variance
-        slope = max(1 - a_prev - sigma2, 0) ** 0.5 - (a_prev * (1 - a) / a) ** 0.5
-        kept = max(1 - slope**2 * self._step_noise.variance / sigma2, 0) ** 0.5  # sigma' / sigma
+        direction, through_x0 = max(1 - a_prev - sigma2, 0) ** 0.5, (a_prev * (1 - a) / a) ** 0.5
         if self.config.correction["form"] == "paper":
+            slope = direction - through_x0 * self._free
+            kept = (1 - slope**2 * self._step_noise.variance / sigma2).clamp(min=0).sqrt()  # sigma' / sigma
             return kwargs | {"eta": eta, "variance_noise": noise * kept}
+        kept = max(1 - (direction - through_x0) ** 2 * self._step_noise.variance / sigma2, 0) ** 0.5
         return kwargs | {"eta": eta * kept, "variance_noise": noise}
 
 
@@ -125,6 +130,7 @@ class CorrectedDDPMStep(CorrectedStep):
     """VSC of DDPM: sigma'^2 = sigma_t^2 - beta_t^2 s^2 / (alpha_t (1 - abar_t) (1 + k)^2), at least 0 (Eq. 10-12).
 
     alpha_t and beta_t are those of the respaced chain. No other coefficient has sigma in it: both forms are the same.
+    Where x_0 is clipped (clip_sample), the error does not reach the mean: there sigma_t stays.
     """
 
     def _get_variance(self, t: int, *args: Any, **kwargs: Any) -> Tensor:
@@ -132,7 +138,7 @@ class CorrectedDDPMStep(CorrectedStep):
         if not self.config.correction["vsc"]:
             return value
         a, a_prev = alphas(self, int(t), self._call)
-        added = (1 - a / a_prev) ** 2 / (a / a_prev * (1 - a)) * self._step_noise.variance
+        added = (1 - a / a_prev) ** 2 / (a / a_prev * (1 - a)) * self._step_noise.variance * self._free
         if self.config.variance_type == "fixed_small_log":  # there it is the standard deviation
             return (value**2 - added).clamp(min=0) ** 0.5
         return (value - added).clamp(min=0)
@@ -149,6 +155,15 @@ def alphas(scheduler: SchedulerMixin, t: int, position: int) -> tuple[float, flo
         previous = int(scheduler.previous_timestep(t))
     last = scheduler.final_alpha_cumprod if isinstance(scheduler, DDIMScheduler) else scheduler.one
     return float(scheduler.alphas_cumprod[t]), float(scheduler.alphas_cumprod[previous] if previous >= 0 else last)
+
+
+def unclipped(scheduler: Any, noise: Tensor, sample: Tensor, t: int) -> Tensor:
+    """1 where the predicted x_0 stays as it is, 0 where the scheduler clips it; [B, C, ...], or [] without clipping."""
+    if not scheduler.config.clip_sample:
+        return noise.new_ones(())
+    a, _ = alphas(scheduler, t, scheduler._call)
+    x_0 = (sample - (1 - a) ** 0.5 * noise) / a**0.5
+    return (x_0.abs() < scheduler.config.clip_sample_range).to(noise.dtype)
 
 
 def span(timesteps: Sequence[float]) -> str:
@@ -179,6 +194,10 @@ def check_correction(scheduler: SchedulerMixin, switches: Switches) -> None:
     if switches.vsc and type(scheduler) not in (DDIMScheduler, QuadDDIMScheduler, DDPMScheduler):
         given = f"method.vsc=true has a formula for DDIM and DDPM alone, not for {type(scheduler).__name__}"
         raise UserError(f"{given}; allowed: method.vsc=false, which leaves method.cnc and method.bc")
+    if switches.vsc and scheduler.config.thresholding:
+        raise UserError(
+            "method.vsc=true has no formula for sampler.kwargs.thresholding=true; allowed: method.vsc=false"
+        )
     if switches.vsc and isinstance(scheduler, DDPMScheduler) and scheduler.config.variance_type not in FIXED_VARIANCES:
         given = f"variance_type={scheduler.config.variance_type}"
         raise UserError(f"method.vsc=true has no formula for DDPM with {given}; allowed: {', '.join(FIXED_VARIANCES)}")
@@ -199,6 +218,7 @@ def corrected_class(base: type) -> type:
         self._step_noise = self.noise_at(float(timestep))
         model_output = self._step_noise.corrected(model_output, sample.shape[1])
         if self.config.correction["vsc"]:
+            self._free = unclipped(self, model_output[:, : sample.shape[1]], sample, int(timestep))
             kwargs = self.calibrated(model_output, float(timestep), kwargs)
         return base.step(self, model_output, timestep, sample, *args, **kwargs)
 

@@ -30,6 +30,7 @@ def from_packed(path: Path | str, device: str = "cpu") -> DiffusionPipeline:
     import torch
 
     from dqbench.models import attach_anatomy, fix_layout, locate
+    from dqbench.quant.checkpoint import load_scheduler
 
     folder, manifest = Path(path), read_manifest(path)
     description = json.loads((folder / DESCRIPTION).read_text())
@@ -37,6 +38,7 @@ def from_packed(path: Path | str, device: str = "cpu") -> DiffusionPipeline:
     network = rebuild(folder / model.denoiser, description)
     parts = {"dtype": network.dtype, "local_files_only": True, model.denoiser: network}
     pipe = locate(model.pipeline).from_pretrained(folder, **parts).to(torch.device(device))
+    pipe.scheduler = load_scheduler(folder / "scheduler" / "scheduler_config.json", pipe)  # some classes replace it
     pipe.set_progress_bar_config(disable=True)
     attach_anatomy(pipe, model)
     fix_layout(network)

@@ -55,7 +55,7 @@ def row(results: Path) -> dict:
 
 
 BAD = {
-    "method=foo": "method=foo is unknown; allowed: fp32, ptq4dm, ptq4dm_official, qdiffusion, qdiffusion_official, rtn",
+    "method=foo": "method=foo is unknown; allowed: fp32, int4_g16, ",
     "bits=w5a9": "bits=w5a9 is unknown; allowed: w2a32, w2a4, ",
     "model=digit_ddpm": "model=digit_ddpm is unknown; did you mean digits_ddpm? allowed: ddpm_cifar10, digits_ddpm, ",
     "debug=tinny": "debug=tinny is unknown; did you mean tiny? allowed: tiny",
@@ -65,9 +65,9 @@ BAD = {
     "recon.itres=3": "recon.itres is unknown; did you mean iters? allowed in recon: iters, iters_act, ",
     "method.spilt=true": "method.spilt is unknown; did you mean split? allowed in method: _target_, name, ",
     "method.recon.iters=3": "method.recon.iters cannot be set: method.recon follows recon; set recon.iters",
-    "methd=rtn": "methd is unknown; did you mean method? allowed: model, method, bits, ",
+    "methd=rtn": "methd is unknown; did you mean method? allowed: model, base, method, bits, ",
     "+bits.other=4": "bits.other is unknown; allowed: weight, act, attention, softmax",
-    "+other=4": "other is unknown; allowed: model, method, bits, ",
+    "+other=4": "other is unknown; allowed: model, base, method, bits, ",
     "+method.other=4": "method.other is unknown; allowed in method: ",
     "sampler.kwargs.clip=1": "sampler.kwargs.clip: sampler.kwargs is empty; add a key to it with +sampler.",
     "+sampler.kwargs.clip=1": "sampler.kwargs.clip has no meaning for DDIMScheduler; it takes: num_train_timesteps, ",
@@ -203,7 +203,13 @@ def test_results_hold_what_they_should_and_nothing_else(run: Run, results: Path)
     status, out, _ = run("method=rtn")
     assert status == 0
     (folder,) = results.glob("runs/*")
-    assert {file.name for file in folder.iterdir()} == {".hydra", "dqbench.log", "row.json", "samples.png"}
+    assert {file.name for file in folder.iterdir()} == {
+        ".hydra",
+        "dqbench.log",
+        "row.json",
+        "samples.png",
+        "curves.png",
+    }
     assert str(folder / "row.json") in out and str(folder / "samples.png") in out
     stages = {"trajectory", "calibration", "quantized", "samples", "scores", "noise_error", ".locks"}
     assert {entry.name for entry in (results / "cache").iterdir()} == stages

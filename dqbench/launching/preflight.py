@@ -24,8 +24,9 @@ def preflight(model: Model, sampler: Sampler, device: str) -> Any:
     choose_device(device)
     check_call(model, sampler)
     folder = Path(snapshot(model))
+    scheduler = scheduler_of(folder, model, sampler)
     check_weights(folder, model)
-    return scheduler_of(folder, model, sampler)
+    return scheduler
 
 
 def check_call(model: Model, sampler: Sampler) -> None:

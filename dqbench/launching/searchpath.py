@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import OmegaConf
+
+HELP_WIDTH = 110  # characters of a line that lists choices
 
 
 class SweepsSearchPath(SearchPathPlugin):
@@ -35,19 +38,22 @@ def presets() -> list[str]:
 
 
 def choices() -> str:
-    """Every config group with its options, the default starred; one line each, for --help."""
+    """Every config group with its options, the default starred, for --help."""
     from dqbench.config import data_root
 
     conf = data_root() / "conf"
     chosen: dict[str, str] = {}
     for entry in OmegaConf.load(conf / "config.yaml").defaults:
         chosen |= dict(entry) if OmegaConf.is_dict(entry) else {}
-    folders = [folder for folder in sorted(conf.iterdir()) if folder.is_dir()]
-    groups = {folder.name: sorted(path.stem for path in folder.glob("*.yaml")) for folder in folders}
+    folders = [folder for folder in sorted(conf.rglob("*")) if folder.is_dir()]
+    groups = {
+        folder.relative_to(conf).as_posix(): sorted(path.stem for path in folder.glob("*.yaml"))
+        for folder in folders
+        if conf / "hydra" not in folder.parents
+    }
     groups["+sweeps"] = presets()
-    lines = [
-        f"{group:<10}{', '.join(name + '*' * (chosen.get(group) == name) for name in names)}"
-        for group, names in groups.items()
-        if names
-    ]
+    lines = []
+    for group, names in groups.items():
+        starred = ", ".join(name + "*" * (chosen.get(group) == name) for name in names)
+        lines += textwrap.wrap(f"{group:<16}{starred}", HELP_WIDTH, subsequent_indent=" " * 16) if names else []
     return "\n  ".join(lines)

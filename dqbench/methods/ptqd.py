@@ -86,27 +86,39 @@ class PTQD:
         if self.correcting is not None:
             check_correction(scheduler, self.switches)
 
+    def check_bits(self, bits: Bits) -> None:
+        """Raise UserError where activation bits cannot change over the steps."""
+        if self.mixed.mode != "none" and bits.act in OFF:
+            given = f"bits.act={bits.act}"
+            raise UserError(f"method.mixed.mode={self.mixed.mode} has no meaning with {given}; allowed: none")
+
+    @property
+    def fixed(self) -> list[str]:
+        """Patterns of layers whose activation bits do not change over the steps: the base gives them their own."""
+        return [pattern for pattern, own in self.base.overrides.items() if "act" in own]
+
     def refine(
         self, pipe: DiffusionPipeline, quantized: DiffusionPipeline, calib: CalibrationSet, bits: Bits
     ) -> DiffusionPipeline:
         """`quantized` with activation bits that change over the steps; itself where mixed.mode is none."""
         if self.mixed.mode == "none":
             return quantized
-        if bits.act in OFF or step_quantizers(denoiser(quantized)):
-            given = f"bits.act={bits.act}" if bits.act in OFF else f"the per-step ranges of base={self.base.name}"
+        self.check_bits(bits)
+        if step_quantizers(denoiser(quantized)):
+            given = f"the per-step ranges of base={self.base.name}"
             raise UserError(f"method.mixed.mode={self.mixed.mode} has no meaning with {given}; allowed: none")
         steps = steps_of(pipe).tolist()
         groups = by_range(self.mixed.ranges, len(steps)) if self.mixed.mode == "ranges" else None
-        groups = groups or self.by_rule(pipe, quantized, calib, bits)
-        return vary(quantized, steps, groups, calib, self.base.act, bits.act)
+        groups = groups or self.by_rule(pipe, quantized, calib)
+        return vary(quantized, steps, groups, calib, self.base.act, self.fixed)
 
     def by_rule(
-        self, pipe: DiffusionPipeline, quantized: DiffusionPipeline, calib: CalibrationSet, bits: Bits
+        self, pipe: DiffusionPipeline, quantized: DiffusionPipeline, calib: CalibrationSet
     ) -> list[tuple[int, list[int]]]:
         """(bits, step positions): at each step the fewest bits with SNR^Q > factor x SNR^F, else the most."""
         steps, signal_to_noise = steps_of(pipe).tolist(), {}
         for width in sorted(self.mixed.bits):
-            candidate = vary(quantized, steps, [(width, list(range(len(steps))))], calib, self.base.act, bits.act)
+            candidate = vary(quantized, steps, [(width, list(range(len(steps))))], calib, self.base.act, self.fixed)
             statistics = self.statistics(pipe, candidate, calib.seed, f"statistics-{width}-bits")
             signal_to_noise[width] = statistics.signal_to_noise(self.cnc, self.bc)
         chosen = fewest_bits(signal_to_noise, self.mixed.factor * np.array(curves(statistics, pipe)["snr_forward"]))

@@ -23,7 +23,7 @@ from dqbench.quant.attach import find_units, freeze, prepare, quantize_attention
 from dqbench.quant.clock import attach_clock, per_step, step_quantizers
 from dqbench.quant.feature_cache import attach_cache, drop_unused, make_cache
 from dqbench.quant.plan import select, split
-from dqbench.quant.quantizers import ActRule, WeightRule
+from dqbench.quant.quantizers import ActRule, WeightRule, act_quantizers
 from dqbench.quant.reconstruct import Job, reconstruct_weights
 from dqbench.quant.running import RunningMinMax, calibrate_static, calibrate_steps, check_every_step
 from dqbench.quant.temporal import Features, TemporalBlock, distinct_rows, members, reconstruct_block, trace_block
@@ -170,7 +170,7 @@ class TFMQ:
             quantize_attention(student, bits, self.act.signed, signed_softmax=self.act.signed)
         if self.fsc.scope != "all":
             calibrate_static(student, calib, self.act, RunningMinMax)
-        if self.fsc.scope != "none":
+        if self.fsc.scope != "none" and act_quantizers(student):
             per_step(student, time.steps, names=["*"] if self.fsc.scope == "all" else time.block.layers)
             if step_quantizers(student):
                 calibrate_steps(student, calib, self.act, RunningMinMax)

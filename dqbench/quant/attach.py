@@ -172,7 +172,9 @@ def installed(student: nn.Module, bits: Bits) -> tuple[Plan, Bits]:
 
 
 def as_attached(layer: nn.Module, bits: LayerBits) -> LayerBits:
-    """`bits` with the width (mean over steps) and number of the quantizers that are attached to the layer's input.
+    """`bits` with the width and number of the quantizers that are attached to the layer's input.
+
+    Where the width varies over the steps, `bits` holds its mean over the sampler's calls already.
 
     32-bit activations where there is none (an output quantizer does not count); unchanged for weights nobody reads.
     """
@@ -184,7 +186,7 @@ def as_attached(layer: nn.Module, bits: LayerBits) -> LayerBits:
     widths = [width for quantizer in quantizers for width in getattr(quantizer, "widths", [quantizer.n_bits])]
     same = len(set(widths)) == 1
     groups = sum(quantizer.scale.numel() for quantizer in quantizers)
-    return replace(bits, act=widths[0] if same else sum(widths) / len(widths), act_groups=groups)
+    return replace(bits, act=widths[0] if same else bits.act, act_groups=groups)
 
 
 def freeze(student: nn.Module) -> nn.Module:

@@ -141,6 +141,7 @@ def load_pipeline(folder: Path | str, device: str = "cpu") -> DiffusionPipeline:
     fill(quantized, file, next(network.glob("*.safetensors")))
     load_storages(quantized, folder / STORED)
     pipe = cls.from_pretrained(folder, local_files_only=True, **{model.denoiser: quantized})
+    pipe.scheduler = load_scheduler(folder / "scheduler" / "scheduler_config.json", pipe)  # some classes replace it
     pipe.to(torch.device(device))
     pipe.set_progress_bar_config(disable=True)
     attach_anatomy(pipe, model)

@@ -110,6 +110,8 @@ def drop_unused(model: nn.Module, layers: Sequence[str], heads: Sequence[str]) -
             plan[name] = LayerBits(weight=0, act=0, weight_groups=0, act_groups=0, weight_overhead_bits=overhead)
         elif name in plan:
             plan[name] = replace(plan[name], weight_overhead_bits=overhead)
+        elif overhead:
+            plan[name] = LayerBits(weight=32, act=32, weight_groups=0, act_groups=0, weight_overhead_bits=overhead)
 
 
 def describe_caches(model: nn.Module) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from dqbench.quant.functional import qrange
 from dqbench.quant.quantizers import ActRule, Observer
 from dqbench.quant.ranges import blend, choose_qparams, extremes
 
+FIRST_ROWS = 64  # as many as initialise activation steps elsewhere (Q-Diffusion's release)
+
 
 class RunningMinMax(Observer):
     """Running average of batch minima and maxima (TFMQ-DM's release): rule.momentum, started by rule.estimator.
@@ -67,7 +69,8 @@ def calibrate_steps(
         for quantizer in quantizers:
             quantizer.calibrates(group[0])
         with held(clock, group[0]), calibrating(student, rule, only=StepQuantizer, observer=observer):
-            observe(student, calib, np.flatnonzero(np.isin(positions, group)), f"ranges of step {group[0]}")
+            rows = np.flatnonzero(np.isin(positions, group))
+            observe(student, calib, rows, f"ranges of step {group[0]}", once=rule.over == "first")
         for quantizer in quantizers:
             quantizer.write(group, quantizer.scale[group[0]].clone(), quantizer.zero_point[group[0]].clone())
 
@@ -89,13 +92,17 @@ def positions_of(clock: StepClock, calib: CalibrationSet, groups: Sequence[Seque
     return positions
 
 
-def observe(student: nn.Module, calib: CalibrationSet, rows: np.ndarray, name: str) -> None:
+def observe(student: nn.Module, calib: CalibrationSet, rows: np.ndarray, name: str, once: bool = False) -> None:
     """Let `rows` pass the student in random order, calib.batch_size at a time; the first batch passes twice.
 
-    It starts the ranges, then all follow (the release: 16 random rows, then the set in batches of 16).
+    It starts the ranges, then all follow (the release: 16 random rows, then the set in batches of 16). once: FIRST_ROWS
+    of them as one batch, for rules that look at the first batch alone.
     """
     device = next(student.parameters()).device
     order = rows[torch.randperm(len(rows), generator=named_generator(name, calib.seed)).numpy()]
+    if once:
+        student(**calib.rows(order[:FIRST_ROWS], device))
+        return
     batches = [order[first : first + calib.batch_size] for first in range(0, len(order), calib.batch_size)]
     for batch in [batches[0], *batches]:
         student(**calib.rows(batch, device))

@@ -13,6 +13,7 @@ from dqbench.errors import UserError, check_choice
 from dqbench.models import clone, denoiser
 from dqbench.quant.attach import freeze
 from dqbench.quant.clock import per_step
+from dqbench.quant.plan import matches
 from dqbench.quant.quantizers import ActRule
 from dqbench.quant.running import calibrate_steps
 
@@ -84,15 +85,16 @@ def vary(
     groups: Sequence[tuple[int, list[int]]],
     calib: CalibrationSet,
     rule: ActRule,
-    act: int,
+    fixed: Sequence[str],
 ) -> DiffusionPipeline:
-    """A copy whose layers at `act` bits have those of each group of steps, with ranges from the group's own rows.
+    """A copy whose layers have the activation bits of each group of steps, with ranges from the group's own rows.
 
-    Weights, attention matmuls and layers with a width of their own stay. A repeated timestep goes by its first step.
+    Weights, attention matmuls, layers in full precision and those that match `fixed` stay. Steps that the base learned
+    give way to the ranges by `rule`. A repeated timestep goes by its first step.
     """
     result = clone(quantized)
     student = denoiser(result)
-    varied = [name for name, own in student.plan.items() if own.act == act]
+    varied = [name for name, own in student.plan.items() if own.act < 32 and not matches(name, fixed)]
     distinct = sorted(set(steps), reverse=True)
     width_at = {position: width for width, positions in groups for position in positions}
     firsts = [steps.index(t) for t in distinct]
@@ -100,10 +102,6 @@ def vary(
     shared = [[k for k, first in enumerate(firsts) if first in positions] for _, positions in groups]
     calibrate_steps(student, calib, rule, groups=[positions for positions in shared if positions])
     mean = float(np.mean([width_at[position] for position in range(len(steps))]))
-    student.plan |= {
-        name: replace(own, act=mean, act_groups=own.act_groups * len(groups))
-        for name, own in student.plan.items()
-        if name in varied
-    }
+    student.plan |= {name: replace(own, act=mean) for name, own in student.plan.items() if name in varied}
     freeze(student)
     return result

@@ -33,7 +33,8 @@ CONVENTION = (
     "denoiser, 32 bits where not quantized (biases and norms always), plus per quantization group of weights and "
     "activations a 32-bit scale and a zero point of the quantizer's own width, every tensor rounded up to whole "
     "bytes; bits per weight = that over the quantized weights alone; bits per activation = stored bits of the layers' "
-    "inputs, weighted by MACs; a layer that a cache replaces counts no BOPs and no bytes but the cache's; "
+    "inputs, 32 where not quantized, weighted by MACs; a layer that a cache replaces counts no BOPs and no bytes but "
+    "the cache's; "
     "MB = 10^6 bytes"
 )
 
@@ -104,7 +105,7 @@ def cost(layers: Sequence[LayerCost], plan: Plan, bits: Bits, attention_groups: 
     products = [layer for layer in layers if not is_attention(layer)]
     chosen = [layer for layer in products if layer.name in plan and 0 < plan[layer.name].weight < 32] or products
     weights = sum(layer.weights for layer in chosen)
-    acts = [layer for layer in products if layer.macs and layer.name in plan and plan[layer.name].act]
+    acts = [layer for layer in products if layer.name not in plan or plan[layer.name].act]
     macs, macs_attention = sum(layer.macs for layer in products), sum(layer.macs for layer in matmuls)
     bops, bops_attention = (sum(bops_of(layer, plan, bits) for layer in part) for part in (products, matmuls))
     return Cost(
@@ -124,10 +125,10 @@ def cost(layers: Sequence[LayerCost], plan: Plan, bits: Bits, attention_groups: 
 
 
 def mean_act_bits(layers: Sequence[LayerCost], plan: Plan) -> float:
-    """Stored bits per element of the inputs of planned layers, weighted by the MACs that read them; 32 without any."""
+    """Stored bits per element of the layers' inputs, 32 where not planned, weighted by the MACs that read them."""
+    width = {name: own.act + own.act_overhead_bits for name, own in plan.items()}
     macs = sum(layer.macs for layer in layers)
-    stored = sum(layer.macs * (plan[layer.name].act + plan[layer.name].act_overhead_bits) for layer in layers)
-    return stored / macs if macs else 32.0
+    return sum(layer.macs * width.get(layer.name, 32) for layer in layers) / macs if macs else 32.0
 
 
 def is_attention(layer: LayerCost) -> bool:

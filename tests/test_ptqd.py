@@ -165,10 +165,15 @@ def made(timesteps: Sequence[float], k: float = 0.0, bias: float = 0.0, std: flo
     return Statistics(np.array(timesteps, float), k * ones, bias * ones[:, None], std * ones, ones, ones, ones)
 
 
+@pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("cls", [DDIMScheduler, QuadDDIMScheduler, DDPMScheduler])
-def test_step_keeps_the_variance_of_the_full_precision_step(cls):
-    """x_{t-1} given x_t has the sampler's own variance although its prediction carries D': VSC's definition."""
-    plain, again = cls(num_train_timesteps=100, clip_sample=False), cls(num_train_timesteps=100, clip_sample=False)
+def test_step_keeps_the_variance_of_the_full_precision_step(cls, clip):
+    """x_{t-1} given x_t has the sampler's own variance although its prediction carries D': VSC's definition.
+
+    Where x_0 is clipped, the error does not pass through it.
+    """
+    settings = {"num_train_timesteps": 100, "clip_sample": clip}
+    plain, again = cls(**settings), cls(**settings)
     plain.set_timesteps(10)
     again.set_timesteps(10)
     t = plain.timesteps.tolist()
@@ -176,7 +181,7 @@ def test_step_keeps_the_variance_of_the_full_precision_step(cls):
     corrected = correct(plain, made(t, k, std=std), ON)
     corrected.set_timesteps(10)
     rows = torch.Generator().manual_seed(0)
-    x, e = torch.full((4000, 1, 4, 4), 0.7), torch.full((4000, 1, 4, 4), 0.3)
+    x, e = torch.full((4000, 1, 4, 4), 1.5 if clip else 0.7), torch.full((4000, 1, 4, 4), 0.3)
     exact, absorbed = [], []
     for timestep in t[:-2]:
         predicted = (1 + k) * e + std * torch.randn(e.shape, generator=rows)
@@ -186,7 +191,8 @@ def test_step_keeps_the_variance_of_the_full_precision_step(cls):
         )
         exact.append(own / wanted - 1)
         absorbed.append(ignored / wanted - 1)
-    assert np.abs(exact).max() < 0.03 < np.max(absorbed), (exact, absorbed)
+    assert np.abs(exact).max() < 0.03, exact
+    assert np.max(absorbed) > 0.03 or (clip and cls is DDPMScheduler), absorbed  # there it does not reach the mean
 
 
 def test_where_the_sampler_adds_less_than_the_error_it_adds_nothing():
@@ -508,10 +514,21 @@ def test_bits_vary_over_the_steps_with_ranges_of_their_own_rows(tmp_path):
     assert all(count <= 2**width for count, width in zip(levels, (3, 3, 6, 6, 6), strict=True))
 
 
+def test_layers_with_a_width_of_their_own_keep_it_at_every_step():
+    pipe, calib = pipeline(), every_step()
+    built = method(mixed={"mode": "ranges", "ranges": [{"bits": 3, "first": 0.0, "last": 1.0}]})
+    built.base.overrides = {"conv_in": {"act": 8}}
+    mixed = built.refine(pipe, built.base(pipe, calib, Bits(4, 8, 8, 8)), calib, Bits(4, 8, 8, 8))
+    assert denoiser(mixed).plan["conv_in"].act == 8 and denoiser(mixed).plan["conv_out"].act == 3
+    assert mixed.unet.conv_in.act_quantizer.n_bits == 8 and mixed.unet.conv_out.act_quantizer.widths == (3,) * 5
+
+
 def test_mixed_precision_needs_quantized_activations_with_one_range_each():
     pipe, calib = pipeline(), every_step()
     built = method(mixed={"mode": "rule"})
     base = built.base(pipe, calib, W4A4)
+    with pytest.raises(UserError, match="rule has no meaning with bits.act=32"):
+        built.check_bits(Bits(4, 32, 32, 32))
     with pytest.raises(UserError, match="rule has no meaning with bits.act=32"):
         built.refine(pipe, base, calib, Bits(4, 32, 32, 32))
     per_step(base.unet, steps_of(pipe).tolist())

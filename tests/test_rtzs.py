@@ -19,7 +19,7 @@ from dqbench.cost import weight_bytes
 from dqbench.errors import UserError
 from dqbench.models import denoiser
 from dqbench.quant.packing import nbytes
-from dqbench.quant.residual import Codebook, StageOne, Zeros
+from dqbench.quant.residual import Codebook, StageOne, Zeros, grid
 from dqbench.quant.residual_acts import Meter, TwoStageQuantizer, collecting, metering, two_stage_quantizers
 from dqbench.quant.residual_weights import Layout, TwoStageWeight, two_stage
 from dqbench.quant.sparse_compute import PATHS, Residual, forward, weight_of
@@ -321,9 +321,11 @@ def test_of_several_percentiles_the_best_is_taken():
     )
 
 
-def test_dynamic_activations_depend_on_their_sample_alone():
-    x = heavy_tailed(8, 4, 5, 5) * torch.logspace(-1, 1, 8).reshape(-1, 1, 1, 1)
-    quantizer = TwoStageQuantizer(4, method("rtzs", "method.act.dynamic=true", "method.act.percentiles=[98]").act)
+@pytest.mark.parametrize(("n_bits", "percentile"), [(4, 98), (8, 100)])
+def test_dynamic_activations_depend_on_their_sample_alone(n_bits, percentile):
+    x = heavy_tailed(8, 4, 5, 5) * torch.logspace(-4, 1, 8).reshape(-1, 1, 1, 1)
+    own = ["method.act.dynamic=true", f"method.act.percentiles=[{percentile}]"]
+    quantizer = TwoStageQuantizer(n_bits, method("rtzs", *own).act)
     y = quantizer(x)
     assert all(torch.equal(quantizer(x[k : k + 1]), y[k : k + 1]) for k in range(8))
     assert ((y - x).flatten(1).norm(dim=1) / x.flatten(1).norm(dim=1)).max() < 0.25
@@ -448,3 +450,17 @@ def test_bad_settings_are_refused(override, message):
 
 def test_meter_of_nothing_is_zero():
     assert Meter().overhead_bits == 0 and dataclasses.asdict(Meter())["entries"] == 0
+
+
+def test_a_range_of_zeros_takes_the_extremes_of_either_side():
+    x = torch.zeros(2, 128)
+    x[0, 5], x[1, 7] = -5.0, 3.0
+    scale, zero_point = grid(x, 4, False, 97)
+    codes = (x / scale + zero_point).round().clamp(0, 15)
+    torch.testing.assert_close((codes - zero_point) * scale, x)
+
+
+@pytest.mark.parametrize("key", ["weight.bits", "act.bits"])
+def test_widths_of_stage_1_are_checked(key):
+    with pytest.raises(UserError, match=f"method.{key}=9 is not supported"):
+        method("rtzs", f"method.{key}=9")

@@ -64,9 +64,10 @@ class QuaRTZ:
         self.check_bits(bits)
         layers = [(name, layer) for name, layer in network.named_modules() if isinstance(layer, LAYER_TYPES)]
         narrow = [name for name, layer in layers if channels_of(layer) < self.stage_1_below and bits.act == CODE_BITS]
-        given = {name: {"act": STAGE_1_BITS} | self.overrides.get(name, {}) for name in narrow}
-        rest = {pattern: own for pattern, own in self.overrides.items() if pattern not in given}
-        return plan_for(network, bits, self.skip, given | rest, self.weight, self.quantizer)
+        wide = {"act": STAGE_1_BITS}
+        given = {name: wide for name in narrow if name not in self.overrides}
+        given |= {pattern: wide | own if pattern in narrow else own for pattern, own in self.overrides.items()}
+        return plan_for(network, bits, self.skip, given, self.weight, self.quantizer)
 
     def quantizer(self, n_bits: int, axis: int) -> LzsQuantizer:
         """Of an activation with its channels at `axis`."""

@@ -17,12 +17,14 @@ dead_zone with b2 = 1 is +-mean|R|. Parameters are stored in 16 bits where those
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from dqbench.config import OFF
 from dqbench.errors import UserError, check_choice
 from dqbench.quant.thresholds import SCOPES, per_scope, spread
 
@@ -61,6 +63,12 @@ class Zeros:
         check_choice("zeros.rule", self.rule, ("step", "percentile"))
         if not 0 <= self.value <= 100:
             raise UserError(f"zeros.value={self.value} is out of range; allowed: 0 to 100")
+
+
+def check_stage_1(key: str, n_bits: int | None) -> None:
+    """Raise UserError for a width that stage 1 cannot have; None follows bits=."""
+    if n_bits is not None and not (2 <= n_bits <= 8 or n_bits in OFF):
+        raise UserError(f"{key}={n_bits} is not supported; allowed: null, 2 to 8, or 16 and 32 for full precision")
 
 
 def check_percentiles(key: str, percentiles: Sequence[float]) -> None:
@@ -112,17 +120,25 @@ def grid(rows: Tensor, n_bits: int, symmetric: bool, percentile: float) -> tuple
     else:
         ends = rows.new_tensor([100 - percentile, 100 + percentile]) / 200
         low, high = torch.quantile(rows, ends, dim=1, keepdim=True)
-        low = low.clamp(max=0)
-        width = high.clamp(min=0) - low
+        flat = high.clamp(min=0) == low.clamp(max=0)  # nothing but zeros within the percentile
+        low = torch.where(flat, rows.amin(dim=1, keepdim=True), low).clamp(max=0)
+        high = torch.where(flat, rows.amax(dim=1, keepdim=True), high).clamp(min=0)
+        width = high - low
     width = torch.where(width > 0, width, rows.abs().amax(dim=1, keepdim=True))
     scale = torch.where(width > 0, width / top, 1.0)
     return scale, (-low / scale).round()
 
 
-def compact(values: Tensor) -> Tensor:
-    """`values` in float16 where that holds all of them to 1 %, else in float32."""
+def compact(values: Tensor, together: bool = True) -> Tensor:
+    """`values` in float16 where that holds all of them to 1 %, else in float32.
+
+    Not `together`: each as 16 bits hold it where they do, in float32, so that none depends on another.
+    """
     half = values.to(torch.float16)
-    return half if bool(((half.float() - values).abs() <= 0.01 * values.abs()).all()) else values.float()
+    held = (half.float() - values).abs() <= 0.01 * values.abs()
+    if not together:
+        return torch.where(held, half.float(), values.float())
+    return half if bool(held.all()) else values.float()
 
 
 def effective_zeros(codes: Tensor, scale: Tensor, zeros: Zeros) -> Tensor:
@@ -156,8 +172,12 @@ def worth_storing(residual: Tensor, x: Tensor, price: float, codebook: Codebook,
     return best
 
 
-def fit(residual: Tensor, support: Tensor, codebook: Codebook, group_size: int) -> tuple[Tensor, Tensor]:
-    """(low, step) of a codebook for the residuals [O, M] in support, within its scope, as stored."""
+def fit(
+    residual: Tensor, support: Tensor, codebook: Codebook, group_size: int, together: bool = True
+) -> tuple[Tensor, Tensor]:
+    """(low, step) of a codebook for the residuals [O, M] in support, within its scope, as stored: compact()."""
+
+    keep = functools.partial(compact, together=together)
 
     def extreme(values: Tensor, sign: int) -> Tensor:  # over the support; 0 where that is empty
         filled = torch.where(support, sign * values, -torch.inf)
@@ -166,20 +186,20 @@ def fit(residual: Tensor, support: Tensor, codebook: Codebook, group_size: int) 
 
     magnitude = residual.abs()
     if codebook.kind == "uniform_sym":
-        step = compact(extreme(magnitude, 1) / (half_of(codebook) - 1))
+        step = keep(extreme(magnitude, 1) / (half_of(codebook) - 1))
         return torch.zeros_like(step), step
     if codebook.kind == "uniform_asym":
         low = extreme(residual, -1)
-        return compact(low), compact((extreme(residual, 1) - low) / (2**codebook.bits - 1))
+        return keep(low), keep((extreme(residual, 1) - low) / (2**codebook.bits - 1))
     if codebook.bits == 1:
         total, count = (
             per_scope(values, codebook.scope, group_size, lambda rows: rows.sum(dim=1))
             for values in (magnitude * support, support.float())
         )
-        low = compact(total / count.clamp(min=1))
+        low = keep(total / count.clamp(min=1))
         return low, torch.zeros_like(low)
     low = extreme(magnitude, -1)
-    return compact(low), compact((extreme(magnitude, 1) - low) / half_of(codebook))
+    return keep(low), keep((extreme(magnitude, 1) - low) / half_of(codebook))
 
 
 def half_of(codebook: Codebook) -> int:

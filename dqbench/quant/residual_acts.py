@@ -17,7 +17,18 @@ from torch import Tensor, nn
 from dqbench.errors import UserError, check_choice
 from dqbench.quant import sparse_formats
 from dqbench.quant.functional import fake_quantize
-from dqbench.quant.residual import Codebook, Zeros, bounds, check_percentiles, decode, encode, fit, grid, half_of
+from dqbench.quant.residual import (
+    Codebook,
+    Zeros,
+    bounds,
+    check_percentiles,
+    check_stage_1,
+    decode,
+    encode,
+    fit,
+    grid,
+    half_of,
+)
 from dqbench.quant.thresholds import TIE, Threshold, tau_of
 
 PER_BATCH = 2**15  # elements of each calibration batch that ranges are chosen from, beside the batch's extremes
@@ -44,6 +55,7 @@ class ActTwoStage:
     def __post_init__(self) -> None:
         check_choice("method.act.format", self.format, (*sparse_formats.FORMATS, "auto"))
         check_percentiles("method.act.percentiles", self.percentiles)
+        check_stage_1("method.act.bits", self.bits)
         if self.dynamic and len(self.percentiles) > 1:
             raise UserError(
                 "method.act.dynamic=true chooses nothing by calibration; give one of method.act.percentiles"
@@ -157,7 +169,7 @@ class TwoStageQuantizer(nn.Module):
         residual, threshold = rows - base, self.rule.threshold
         is_step = threshold.rule == "step"
         tau = threshold.value * scale / 2 * TIE if is_step else tau_of(residual.abs(), threshold).unsqueeze(1)
-        low, step = fit(residual, residual.abs() > tau, self.codebook, rows.shape[1])
+        low, step = fit(residual, residual.abs() > tau, self.codebook, rows.shape[1], together=False)
         zeros, magnitude = self.rule.zeros, base.abs()
         by_share = zeros.rule == "percentile" and zeros.value > 0
         dead = torch.quantile(magnitude, zeros.value / 100, dim=1, keepdim=True) if by_share else zeros.value * scale
@@ -165,6 +177,8 @@ class TwoStageQuantizer(nn.Module):
 
     def settle(self) -> None:
         """Take the parameters that fit best what was collected."""
+        if not self.sample.parts:
+            raise UserError("method=rtzs: a layer did not run on the calibration set; keep it out with method.skip")
         row = self.sample.row()
         tried = [self.choose(row, percentile) for percentile in self.rule.percentiles]
         errors = [(self.rounded(row, grids) - row).square().mean().item() for grids in tried]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dqbench.errors import UserError, check_choice
 from dqbench.quant.plan import check_granularity
-from dqbench.quant.residual import Codebook, StageOne, Zeros, check_percentiles
+from dqbench.quant.residual import Codebook, StageOne, Zeros, check_percentiles, check_stage_1
 from dqbench.quant.residual_weights import Layout, TwoStageWeight, expected_overhead, two_stage
 from dqbench.quant.sparse_formats import FORMATS
 from dqbench.quant.storage import Packed
@@ -53,6 +53,7 @@ class WeightTwoStage:
     search: Search
 
     def __post_init__(self) -> None:
+        check_stage_1("method.weight.bits", self.bits)
         check_granularity(self.granularity, self.group_size)
         if self.granularity == "per_tensor":
             raise UserError("method.weight.granularity=per_tensor; allowed: per_channel, per_group")

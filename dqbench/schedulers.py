@@ -108,9 +108,7 @@ class QuantizedOperations:
         super().set_timesteps(*args, **kwargs)
         self._largest: dict[float, float] = {}
 
-    def quantized_step(
-        self, step: Callable, model_output: Tensor, timestep: int, sample: Tensor, **kwargs: Any
-    ) -> Any:
+    def quantized_step(self, step: Callable, model_output: Tensor, timestep: int, sample: Tensor, **kwargs: Any) -> Any:
         """The base class's step, taken apart into mu and sigma z, and put together from quantized parts."""
         generator, eta = kwargs.pop("generator", None), kwargs.get("eta", 0.0)
         generators = generator if isinstance(generator, list) else [generator or fresh_generator()]

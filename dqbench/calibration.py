@@ -150,6 +150,9 @@ def call_inputs(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Batch
     arguments = inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments
     timestep = torch.as_tensor(arguments["timestep"]).reshape(-1)
     batch_size = len(next(arguments[name] for name in SAMPLES if name in arguments))
+    nested = [name for name, value in arguments.items() if isinstance(value, dict) and name.startswith("added_cond")]
+    if nested and arguments[nested[0]]:
+        raise UserError(f"the denoiser takes {nested[0]}, a dict; recording takes tensor arguments alone")
     tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor) and value is not module}
     tensors["timestep"] = timestep.expand(batch_size)
     return {name: value.detach().cpu().clone() for name, value in tensors.items()}

@@ -20,10 +20,11 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from dqbench import schedulers
+from dqbench.config import Sampler
 from dqbench.errors import UserError, check_choice
 from dqbench.models import locate
 from dqbench.noise_statistics import Statistics
-from dqbench.schedulers import QuadDDIMScheduler
+from dqbench.schedulers import QuadDDIMScheduler, check_sampler
 
 FORMS = ("paper", "official_master")
 PREFIX = "Corrected"
@@ -171,11 +172,17 @@ def span(timesteps: Sequence[float]) -> str:
     return f"{len(timesteps)} steps from t={timesteps[0]:g} to t={timesteps[-1]:g}"
 
 
-def correct(scheduler: SchedulerMixin, statistics: Statistics, switches: Switches) -> SchedulerMixin:
-    """`scheduler` with its steps corrected; UserError where a switch has no meaning for it."""
+def correct(
+    scheduler: SchedulerMixin, statistics: Statistics, switches: Switches, sampler: Sampler | None = None
+) -> SchedulerMixin:
+    """`scheduler` with its steps corrected; UserError where a switch has no meaning for it.
+
+    sampler: the one that the statistics were collected under; its eta and guidance are then asked for.
+    """
     check_correction(scheduler, switches)
     lists = {name: getattr(statistics, name).tolist() for name in ("timesteps", "k", "bias", "std")}
-    added = {"corrected": dotted_name(type(scheduler)), "correction": {**lists, **asdict(switches)}}
+    own = {} if sampler is None else {"eta": sampler.eta, "guidance": sampler.guidance}
+    added = {"corrected": dotted_name(type(scheduler)), "correction": {**lists, **asdict(switches), **own}}
     return corrected_class(type(scheduler)).from_config(scheduler.config, **added)
 
 
@@ -215,6 +222,7 @@ def corrected_class(base: type) -> type:
 
     @functools.wraps(base.step)  # pipelines look at the signature for what they may hand on
     def step(self: Any, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        check_sampler(self, {"eta": kwargs["eta"]} if "eta" in kwargs else {})
         self._step_noise = self.noise_at(float(timestep))
         model_output = self._step_noise.corrected(model_output, sample.shape[1])
         if self.config.correction["vsc"]:

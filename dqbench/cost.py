@@ -38,6 +38,11 @@ CONVENTION = (
     "MB = 10^6 bytes"
 )
 
+LATER = (
+    "Not in this bill, because it is known only after quantization: activation bits that vary over the steps, "
+    "parameters per step, cached features. The row of a run has them."
+)
+
 
 @dataclass(frozen=True)
 class LayerCost:
@@ -256,6 +261,8 @@ def main(argv: list[str]) -> None:
     console.print(total_table(f"{bill['model']}, {cfg.method.get('_target_', '')}", total))
     console.print(f"{total['params'] / 1e6:.3f} M parameters, {total['macs'] / 1e9:.3f} GMAC conv and linear")
     console.print(total["convention"])
+    if {"mixed", "fsc"} & set(cfg.method):
+        console.print(LATER)
     if path:
         atomic_write(path, json.dumps(bill, indent=1) + "\n")
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from dqbench.config import Sampler
 from dqbench.errors import UserError
 from dqbench.models import anatomy, conditions
-from dqbench.schedulers import make_scheduler
+from dqbench.schedulers import check_sampler, make_scheduler
 
 SEEDS_PER_RUN = 1_000_000
 STEADY_ROWS = 16  # kernels round alike from this many rows on; fewer may take others (seen on x86 CPUs)
@@ -60,6 +60,7 @@ def generate(
 
     The batch is filled up to padded_length() by repeating its last sample, so that a short last batch rounds as all do.
     """
+    check_sampler(pipe.scheduler, {"eta": sampler.eta, "guidance": sampler.guidance})
     count, indices = len(seeds), seeds if indices is None else indices
     filler = padded_length(count, sampler) - count
     seeds, indices = [*seeds, *[seeds[-1]] * filler], [*indices, *[indices[-1]] * filler]

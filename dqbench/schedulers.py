@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import diffusers
@@ -90,6 +90,14 @@ def scheduler_class(sampler: Sampler) -> type:
     if sampler.eta > 0 and not issubclass(cls, DDIMScheduler):
         raise UserError(f"sampler.eta={sampler.eta} has no meaning for {sampler.scheduler}; allowed: 0 (eta is DDIM's)")
     return cls
+
+
+def check_sampler(scheduler: Any, settings: Mapping[str, float]) -> None:
+    """Raise UserError where a corrected scheduler's statistics are those of another eta or guidance."""
+    known = scheduler.config.get("correction") or {}
+    for key, value in settings.items():
+        if known.get(key, value) != value:
+            raise UserError(f"the noise statistics are those of sampler.{key}={known[key]}, not of {value}")
 
 
 OPERATION_BITS = 8  # PTQ4DM, Table 1

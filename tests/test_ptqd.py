@@ -391,6 +391,19 @@ def test_unknown_timestep_keeps_only_the_bias():
     assert (noise.k, list(noise.bias), noise.std) == (0, [0.2], 0)
 
 
+def test_statistics_of_another_eta_or_guidance_are_refused():
+    pipe = pipeline(sampler=ddim(eta=1.0))
+    known = made([80, 60, 40, 20, 0], std=0.1)
+    pipe.scheduler = correct(pipe.scheduler, known, ON, ddim(eta=1.0))
+    assert np.isfinite(generate(pipe, ddim(eta=1.0), [1])).all()
+    with pytest.raises(UserError, match="those of sampler.eta=1.0, not of 0.0"):
+        generate(pipe, ddim(), [1])
+    with pytest.raises(UserError, match="those of sampler.guidance=1.0, not of 3.0"):
+        generate(pipe, ddim(eta=1.0, guidance=3.0), [1])
+    with pytest.raises(UserError, match="those of sampler.eta=1.0, not of 0.5"):
+        pipe([torch.Generator()], num_inference_steps=5, eta=0.5)
+
+
 def test_a_learned_variance_is_not_corrected():
     plain = DDPMScheduler(num_train_timesteps=100, variance_type="learned_range", clip_sample=False)
     plain.set_timesteps(5)

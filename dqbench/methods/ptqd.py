@@ -132,7 +132,8 @@ class PTQD:
 
     def correct(self, quantized: DiffusionPipeline, statistics: Statistics) -> DiffusionPipeline:
         """Give `quantized` the scheduler that the statistics correct."""
-        quantized.scheduler = correct(quantized.scheduler, statistics, self.switches)
+        sampler = getattr(quantized, "sampler", None)
+        quantized.scheduler = correct(quantized.scheduler, statistics, self.switches, sampler)
         return quantized
 
     def curves(self, pipe: DiffusionPipeline, statistics: Statistics) -> dict[str, Any]:

@@ -7,7 +7,6 @@ policy then picks (chain, step) pairs from it. Steps are positions in the sample
 from __future__ import annotations
 
 import hashlib
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,14 +18,12 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from dqbench.arguments import SAMPLES, Batch, call_inputs, flatten, nest
 from dqbench.config import Calib, Sampler
 from dqbench.errors import UserError
 from dqbench.models import denoiser
 from dqbench.sampling import generate, padded_length, wrapped_step
 from dqbench.shards import Shards, arrays, create_array, fill, save_array
-
-Batch = dict[str, Tensor]
-SAMPLES = ("sample", "hidden_states")  # what denoisers call the tensor that is denoised
 
 
 def named_generator(name: str, seed: int) -> torch.Generator:
@@ -41,7 +38,7 @@ def named_seed(name: str, seed: int) -> int:
 
 @dataclass
 class CalibrationSet:
-    """N denoiser inputs: argument names -> arrays or memory maps [N, ...]; `step` [N] is their position.
+    """N denoiser inputs: names by flatten() -> arrays or memory maps [N, ...]; `step` [N] is their position.
 
     batch_size: rows that pass the network at once while ranges are collected. dtype: of floating-point inputs as the
     network takes them; None: as they are stored.
@@ -55,14 +52,14 @@ class CalibrationSet:
 
     @classmethod
     def from_tensors(
-        cls, sample: Tensor, timestep: Tensor, *, argument: str = "sample", **conditions: Tensor
+        cls, sample: Tensor, timestep: Tensor, *, argument: str = "sample", **conditions: Any
     ) -> CalibrationSet:
-        """A set of a user's own recorded inputs: sample [N, ...], timestep [N], conditions [N, ...].
+        """A set of a user's own recorded inputs: sample [N, ...], timestep [N], conditions [N, ...] or dicts of them.
 
         `argument`: the denoiser's name for its sample, "hidden_states" for transformers. Raises UserError where their
         lengths differ.
         """
-        inputs = {argument: sample, "timestep": timestep, **conditions}
+        inputs = {argument: sample, "timestep": timestep, **flatten(conditions)}
         lengths = {name: len(value) for name, value in inputs.items()}
         if len(set(lengths.values())) != 1:
             raise UserError(f"calibration tensors differ in their number of rows: {lengths}; all must have N rows")
@@ -88,9 +85,9 @@ class CalibrationSet:
     def rows(self, indices: Sequence[int] | np.ndarray, device: torch.device | str = "cpu") -> Batch:
         """The denoiser's keyword arguments for chosen rows, on `device`."""
         chosen = {name: torch.from_numpy(np.array(values[indices])) for name, values in self.inputs.items()}
-        return {
-            name: rows.to(device, self.dtype if rows.is_floating_point() else None) for name, rows in chosen.items()
-        }
+        return nest(
+            {name: rows.to(device, self.dtype if rows.is_floating_point() else None) for name, rows in chosen.items()}
+        )
 
     def batches(self, device: torch.device | str = "cpu", batch_size: int | None = None) -> Iterator[Batch]:
         """All rows in order, on `device`, `batch_size` (default: the set's own) at a time."""
@@ -130,9 +127,9 @@ def to_numpy(values: Tensor) -> np.ndarray:
 
 
 @contextmanager
-def recording(pipe: DiffusionPipeline) -> Iterator[list[Batch]]:
+def recording(pipe: DiffusionPipeline) -> Iterator[list[dict[str, Tensor]]]:
     """Record every denoiser call: a list of {argument name: [B, ...]} plus what it returned as "output", on the CPU."""
-    calls: list[Batch] = []
+    calls: list[dict[str, Tensor]] = []
 
     def record(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         predicted = output[0] if isinstance(output, tuple) else output.sample
@@ -143,19 +140,6 @@ def recording(pipe: DiffusionPipeline) -> Iterator[list[Batch]]:
         yield calls
     finally:
         handle.remove()
-
-
-def call_inputs(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Batch:
-    """The tensor arguments of one denoiser call by name, timestep broadcast to [B]."""
-    arguments = inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments
-    timestep = torch.as_tensor(arguments["timestep"]).reshape(-1)
-    batch_size = len(next(arguments[name] for name in SAMPLES if name in arguments))
-    nested = [name for name, value in arguments.items() if isinstance(value, dict) and name.startswith("added_cond")]
-    if nested and arguments[nested[0]]:
-        raise UserError(f"the denoiser takes {nested[0]}, a dict; recording takes tensor arguments alone")
-    tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor) and value is not module}
-    tensors["timestep"] = timestep.expand(batch_size)
-    return {name: value.detach().cpu().clone() for name, value in tensors.items()}
 
 
 def record_chains(pipe: DiffusionPipeline, sampler: Sampler, seeds: Sequence[int], first: int) -> dict[str, np.ndarray]:
@@ -213,7 +197,7 @@ def pick(calib: Calib, steps: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     fixed: one step, S // 2 unless given.
     """
     if calib.policy == "uniform":
-        kept = np.arange(0, steps, steps // (calib.steps or steps))
+        kept = kept_steps(calib, steps)
         per_step = calib.chains if calib.samples is None else max(1, calib.samples // len(kept))
         return np.tile(np.arange(per_step) % calib.chains, len(kept)), np.repeat(kept, per_step)
     if calib.policy == "fixed":
@@ -224,6 +208,11 @@ def pick(calib: Calib, steps: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     if calib.chains >= calib.samples:
         return np.arange(calib.samples), step
     return turns(step) % calib.chains, step
+
+
+def kept_steps(calib: Calib, steps: int) -> np.ndarray:
+    """Positions of the uniform policy among `steps` of the sampler."""
+    return np.arange(0, steps, steps // (calib.steps or steps))
 
 
 def middle(calib: Calib, steps: int) -> int:

@@ -18,7 +18,8 @@ from diffusers import DiffusionPipeline
 from scipy.stats import normaltest
 from torch import Tensor, nn
 
-from dqbench.calibration import SAMPLES, named_generator, named_seed
+from dqbench.arguments import SAMPLES
+from dqbench.calibration import named_generator, named_seed
 from dqbench.config import Sampler
 from dqbench.errors import check_choice
 from dqbench.metrics.guards import check_finite

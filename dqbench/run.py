@@ -104,6 +104,8 @@ class Cell:
                 method.check(self.sampler, scheduler)
             if hasattr(method, "check_bits"):
                 method.check_bits(self.bits)
+            if hasattr(method, "check_calib"):
+                method.check_calib(self.calib, self.sampler, self.bits)
         self._loaded: tuple[Quantized, DiffusionPipeline] | None = None
 
     @cached_property

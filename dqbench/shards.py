@@ -105,7 +105,9 @@ def missing(spans: list[tuple[int, int]], count: int, batch_size: int) -> Iterat
 
 def arrays(folder: Path) -> dict[str, Shards]:
     """The arrays that are kept in `folder`, by name."""
-    return {name: Shards(folder, name) for name in sorted({path.name.split(".")[0] for path in folder.glob("*.npy")})}
+    return {
+        name: Shards(folder, name) for name in sorted({path.name.rsplit(".", 2)[0] for path in folder.glob("*.*.npy")})
+    }
 
 
 def fill(

@@ -9,7 +9,8 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from dqbench.calibration import SAMPLES, named_generator
+from dqbench.arguments import SAMPLES
+from dqbench.calibration import named_generator
 from dqbench.config import Calib
 from dqbench.errors import UserError
 from dqbench.models import anatomy

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import ImagePipelineOutput, UNet2DConditionModel
 
+from dqbench.arguments import call_inputs, flatten, nest
 from dqbench.calibration import (
     CalibrationSet,
     calibration_seeds,
-    call_inputs,
     pick,
     record_chains,
     record_trajectory,
@@ -21,7 +21,7 @@ from dqbench.calibration import (
 )
 from dqbench.config import Calib
 from dqbench.errors import UserError
-from dqbench.models import anatomy
+from dqbench.models import UnconditionalPipeline, anatomy
 from dqbench.sampling import sample_seed
 from dqbench.shards import Shards
 from dqbench.sources import replace_source
@@ -164,3 +164,39 @@ def test_conditions_are_recorded_whatever_way_they_are_passed():
         "sample": (2, 2, 4, 4), "timestep": (2,), "encoder_hidden_states": (2, 3, 6),
     }  # fmt: skip
     assert seen["timestep"].tolist() == [7, 7]
+
+
+class Described(UnconditionalPipeline):
+    """Hands conditions on in a dict, as SDXL's pipelines do."""
+
+    @torch.no_grad()
+    def __call__(self, generator, num_inference_steps: int, output_type: str):
+        x, pooled = (
+            torch.cat([torch.randn(1, *shape, generator=one) for one in generator]) for shape in ((1, 8, 8), (5,))
+        )
+        added = {"text_embeds": pooled, "time_ids": torch.ones(len(x), 6)}
+        self.scheduler.set_timesteps(num_inference_steps)
+        for t in self.scheduler.timesteps:
+            eps = self.unet(x, t, pooled[:, None, :4], added_cond_kwargs=added, return_dict=False)[0]
+            x = self.scheduler.step(eps, t, x).prev_sample
+        return ImagePipelineOutput(x.permute(0, 2, 3, 1).numpy())
+
+
+def test_conditions_in_dicts_come_back_as_the_network_takes_them(tmp_path):
+    unet = UNet2DConditionModel(
+        sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(8,), norm_num_groups=4,
+        down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",), cross_attention_dim=4,
+        attention_head_dim=4, addition_embed_type="text_time", addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=6 * 4 + 5,
+    ).eval()  # fmt: skip
+    pipe = Described(unet, pipeline().scheduler)
+    record_trajectory(pipe, ddim(), 2, lambda rows: list(rows), tmp_path)
+    (chosen := tmp_path / "chosen").mkdir()
+    select(tmp_path, calib(chains=2, steps=5, samples=None), 0, chosen)
+    rows = CalibrationSet.open(chosen, 0).rows(np.array([0, 1, 9]))
+    assert rows["added_cond_kwargs"]["text_embeds"].shape == (3, 5) and set(rows) == {
+        "sample", "timestep", "encoder_hidden_states", "added_cond_kwargs",
+    }  # fmt: skip
+    output = torch.from_numpy(Shards(tmp_path, "output").read()[:, 0])
+    torch.testing.assert_close(unet(**rows).sample, output[[0, 1, 1], [0, 0, 4]])
+    assert flatten(nest({"a.b": 1, "a.c": 2, "d": 3})) == {"a.b": 1, "a.c": 2, "d": 3}

@@ -72,6 +72,11 @@ def test_a_base_is_named_once_and_only_where_it_means_something():
         (["method=ptqd", "sampler=dpmpp20", "calib.steps=4"], "method.vsc=true has a formula for DDIM and DDPM alone"),
         (["method=ptqd", "base=ptqd"], "base"),
         (["method=rtn", "method.act.estimator=mse"], "over=all"),
+        (["method=ptqd", "base=ptq4dm", "base.quantize_mu=true"], "no formula for the steps of base=ptq4dm"),
+        (["method=ptqd", "base=tfmq", "method/mixed=half"], "no meaning with the per-step ranges of base=tfmq"),
+        (["method=ptqd", "base=rtn", "method/mixed=half", "calib.steps=1", "calib.samples=4"], "leaves 1 of 2 groups"),
+        (["method=ptqd", "base=rtn", "method/mixed=rule", "calib=ndtc", "calib.samples=4"], "not calib.policy=normal"),
+        (["method=tfmq", "calib.steps=2"], "calib.steps=2 leaves 2 of 4 groups of the 4 steps without rows"),
         (["method=ptq4dm", "method.quantize_mu=true", "sampler=plms50", "sampler.guidance=1", "calib.steps=4"], "mu"),
     ],
 )

@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import DiTTransformer2DModel, UNet2DConditionModel
 
+from dqbench.arguments import flatten
 from dqbench.calibration import CalibrationSet
 from dqbench.config import Bits, build, compose
 from dqbench.cost import cost, layers
@@ -90,6 +91,18 @@ def class_conditional() -> UNet2DConditionModel:
     ).eval().requires_grad_(False)  # fmt: skip
 
 
+def text_and_time() -> UNet2DConditionModel:
+    """SDXL's way: pooled text and sizes come in a dict."""
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(16, 32),
+        norm_num_groups=8, cross_attention_dim=8, attention_head_dim=8,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), addition_embed_type="text_time",
+        addition_time_embed_dim=4, projection_class_embeddings_input_dim=6 * 4 + 5,
+    ).eval().requires_grad_(False)  # fmt: skip
+
+
 def transformer() -> DiTTransformer2DModel:
     torch.manual_seed(0)
     return DiTTransformer2DModel(
@@ -102,30 +115,34 @@ def families() -> dict[str, tuple]:
     """Family -> (model, arguments of 8 rows beside timestep, patterns, number of layers, of heads)."""
     sample, pooled = torch.randn(8, 1, 8, 8), torch.randn(8, 6)
     conditional = {"sample": sample, "encoder_hidden_states": torch.randn(8, 3, 8), "class_labels": pooled}
+    added = {"added_cond_kwargs": {"text_embeds": torch.randn(8, 5), "time_ids": torch.arange(48.0).reshape(8, 6)}}
+    described = {"sample": sample, "encoder_hidden_states": torch.randn(8, 3, 8), **added}
     adaptive = {"hidden_states": sample, "class_labels": torch.arange(8)}
     return {
         "unconditional": (pipeline().unet, {"sample": sample}, UNET, 10, 8),
         "pooled": (class_conditional(), conditional, [*UNET, "class_embedding"], 11, 8),
+        "added": (text_and_time(), described, [*UNET, "add_embedding.*"], 12, 8),
         "dit": (transformer(), adaptive, ["*.norm1.emb.*", "*.norm1.linear", "proj_out_1"], 7, 3),
     }
 
 
-@pytest.mark.parametrize("family", ["unconditional", "pooled", "dit"])
+@pytest.mark.parametrize("family", ["unconditional", "pooled", "added", "dit"])
 def test_the_traced_block_is_the_networks_own(family):
     model, arguments, patterns, layer_count, head_count = families()[family]
     batch = {**arguments, "timestep": torch.arange(8) * 10}
     block = trace_block(model, batch, patterns)
     assert (len(block.layers), len(block.heads)) == (layer_count, head_count)
-    assert set(block.inputs) == {"timestep"} | set(arguments) & {"class_labels"}
+    conditions = {name for name in flatten(arguments) if name.startswith(("class_labels", "added_cond_kwargs."))}
+    assert set(block.inputs) == {"timestep"} | conditions
     seen = {}
     for name in block.heads:
         model.get_submodule(name).register_forward_hook(lambda *a, name=name: seen.setdefault(name, a[2]))
     model(**batch)
-    rows = {name: torch.cat([batch[name], batch[name][:3]]) for name in block.inputs}
+    rows = {name: torch.cat([values, values[:3]]) for name, values in flatten(batch).items() if name in block.inputs}
     for found, name in zip(block.features(model, rows), block.heads, strict=True):
         assert torch.equal(found[:8], seen[name]) and torch.equal(found[8:], seen[name][:3])
     weight = model.get_submodule(block.layers[0]).weight.requires_grad_(True)
-    sum(head.square().sum() for head in block(model, batch)).backward()
+    sum(head.square().sum() for head in block(model, flatten(batch))).backward()
     assert weight.grad.abs().sum() > 0
 
 

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline
 
-from dqbench.calibration import SAMPLES, CalibrationSet
+from dqbench.arguments import SAMPLES
+from dqbench.calibration import CalibrationSet
 from dqbench.config import Bits, Sampler
 from dqbench.errors import UserError, check_choice
 from dqbench.models import clone, denoiser

@@ -17,13 +17,14 @@ import numpy as np
 from diffusers import DiffusionPipeline
 
 from dqbench.calibration import CalibrationSet
-from dqbench.config import OFF, Bits, Sampler
+from dqbench.config import OFF, Bits, Calib, Sampler
 from dqbench.correction import FORMS, Switches, check_correction, correct
 from dqbench.diagnostics import curves as group
 from dqbench.errors import UserError, check_choice
 from dqbench.models import denoiser
 from dqbench.noise_statistics import ESTIMATORS, Statistics, collect, curves, estimate, statistics_seeds
 from dqbench.quant.clock import step_quantizers
+from dqbench.quant.running import check_steps
 from dqbench.quant.step_bits import Mixed, by_range, fewest_bits, vary
 from dqbench.sampling import steps_of
 from dqbench.stages import scratch
@@ -83,14 +84,27 @@ class PTQD:
 
     def check(self, sampler: Sampler, scheduler: Any) -> None:
         """Raise UserError where the corrections have no meaning for the sampler's scheduler."""
-        if self.correcting is not None:
-            check_correction(scheduler, self.switches)
+        if self.correcting is None:
+            return
+        check_correction(scheduler, self.switches)
+        if self.vsc and (operations := getattr(self.base, "operations", [])):
+            given = f"base={self.base.name} with quantize_{operations[0]}=true"
+            raise UserError(f"method.vsc=true has no formula for the steps of {given}; allowed: method.vsc=false")
 
     def check_bits(self, bits: Bits) -> None:
         """Raise UserError where activation bits cannot change over the steps."""
-        if self.mixed.mode != "none" and bits.act in OFF:
-            given = f"bits.act={bits.act}"
+        if self.mixed.mode == "none":
+            return
+        stepwise = f"the per-step ranges of base={self.base.name}" if getattr(self.base, "stepwise", False) else None
+        if given := stepwise or (f"bits.act={bits.act}" if bits.act in OFF else None):
             raise UserError(f"method.mixed.mode={self.mixed.mode} has no meaning with {given}; allowed: none")
+
+    def check_calib(self, calib: Calib, sampler: Sampler, bits: Bits) -> None:
+        """Raise UserError where steps whose activation bits are their own would have no calibration rows."""
+        each = [[step] for step in range(sampler.steps)]
+        given = [positions for _, positions in by_range(self.mixed.ranges, sampler.steps)]
+        if groups := {"none": [], "ranges": given, "rule": each}[self.mixed.mode]:
+            check_steps(calib, sampler.steps, groups)
 
     @property
     def fixed(self) -> list[str]:

@@ -15,8 +15,9 @@ import numpy as np
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from dqbench.calibration import Batch, CalibrationSet
-from dqbench.config import OFF, Bits, Recon
+from dqbench.arguments import Batch
+from dqbench.calibration import CalibrationSet
+from dqbench.config import OFF, Bits, Calib, Recon, Sampler
 from dqbench.errors import UserError, check_choice
 from dqbench.models import anatomy, clone, denoiser
 from dqbench.quant.attach import find_units, freeze, prepare, quantize_attention, quantize_inputs, skip_splits
@@ -25,7 +26,13 @@ from dqbench.quant.feature_cache import attach_cache, drop_unused, make_cache
 from dqbench.quant.plan import select, split
 from dqbench.quant.quantizers import ActRule, WeightRule, act_quantizers
 from dqbench.quant.reconstruct import Job, reconstruct_weights
-from dqbench.quant.running import RunningMinMax, calibrate_static, calibrate_steps, check_every_step
+from dqbench.quant.running import (
+    RunningMinMax,
+    calibrate_static,
+    calibrate_steps,
+    check_every_step,
+    check_steps,
+)
 from dqbench.quant.temporal import Features, TemporalBlock, distinct_rows, members, reconstruct_block, trace_block
 from dqbench.quant.temporal_error import (
     check_cacheable,
@@ -121,6 +128,16 @@ class TFMQ:
         if cache_bits is not None and not (2 <= cache_bits <= 8 or cache_bits in OFF):
             raise UserError(f"method.maintenance.cache_bits={cache_bits}; allowed: null, 2 to 8, or 32")
 
+    @property
+    def stepwise(self) -> bool:
+        """Whether activation ranges change from step to step."""
+        return self.fsc.scope != "none"
+
+    def check_calib(self, calib: Calib, sampler: Sampler, bits: Bits) -> None:
+        """Raise UserError where a step of the sampler would have no calibration rows to choose its ranges from."""
+        if self.stepwise and bits.act not in OFF:
+            check_steps(calib, sampler.steps, [[step] for step in range(sampler.steps)])
+
     def __call__(self, pipe: DiffusionPipeline, calib: CalibrationSet, bits: Bits) -> DiffusionPipeline:
         """The temporal block first, the other weights around it, then activations, then caches where they serve."""
         quantized = clone(pipe)
@@ -134,7 +151,7 @@ class TFMQ:
         time = Temporal.of(pipe, calib, self.recon.batch_size)
         if self.maintenance.kind != "tm":
             check_cacheable(time.block.inputs)
-        if self.fsc.scope != "none" and bits.act not in OFF:
+        if self.stepwise and bits.act not in OFF:
             check_every_step(time.steps, calib)
         self.learn_weights(job, time)
         self.quantize_activations(job, time, calib, bits)

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dqbench.calibration import CalibrationSet, named_generator
+from dqbench.calibration import CalibrationSet, kept_steps, named_generator
+from dqbench.config import Calib
 from dqbench.errors import UserError
 from dqbench.progress import track
 from dqbench.quant.attach import calibrating
@@ -73,6 +74,17 @@ def calibrate_steps(
             observe(student, calib, rows, f"ranges of step {group[0]}", once=rule.over == "first")
         for quantizer in quantizers:
             quantizer.write(group, quantizer.scale[group[0]].clone(), quantizer.zero_point[group[0]].clone())
+
+
+def check_steps(calib: Calib, steps: int, groups: Sequence[Sequence[int]]) -> None:
+    """Raise UserError where rows that `calib` will pick of `steps` sampler steps leave one of the groups without any."""
+    if calib.policy != "uniform" or calib.source != "trajectory":
+        given = f"calib.policy={calib.policy} with calib.source={calib.source}"
+        raise UserError(f"per-step parameters need rows of every sampler step, not {given}; allowed: calib=every_step")
+    kept = set(kept_steps(calib, steps).tolist())
+    if missing := sum(kept.isdisjoint(group) for group in groups):
+        given = f"calib.steps={calib.steps} leaves {missing} of {len(groups)} groups of the {steps} steps without rows"
+        raise UserError(f"{given}; per-step parameters need calib=every_step")
 
 
 def check_every_step(timesteps: Iterable[float], calib: CalibrationSet) -> None:

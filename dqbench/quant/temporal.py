@@ -17,7 +17,8 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from dqbench.calibration import SAMPLES, Batch, CalibrationSet, named_generator
+from dqbench.arguments import SAMPLES, Batch, flatten, nest
+from dqbench.calibration import CalibrationSet, named_generator
 from dqbench.errors import UserError
 from dqbench.progress import track
 from dqbench.quant.attach import QuantLayer, rounding
@@ -70,7 +71,7 @@ def trace_block(model: nn.Module, batch: Batch, patterns: Sequence[str]) -> Temp
     names = [n for n, m in model.named_modules() if isinstance(m, LAYER_TYPES) and matches(n, patterns)]
     if not names:
         raise UserError(f"model.time_embedding={list(patterns)} matches no layer; give patterns of its time embedding")
-    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    tensors, batch = dict(model.named_parameters()) | dict(model.named_buffers()), flatten(batch)
     graph, reached = _trace(model, names, tensors, batch)
     outputs = dict(zip(reached, graph.graph.output_node().args[0], strict=True))
     paths = {name: _ancestors(node) for name, node in outputs.items()}
@@ -101,7 +102,7 @@ def _trace(
     def run(*values: Tensor) -> list[Tensor]:
         seen.clear()
         state, inputs = values[: len(tensors)], values[len(tensors) :]
-        functional_call(model, dict(zip(tensors, state, strict=True)), (), dict(zip(batch, inputs, strict=True)))
+        functional_call(model, dict(zip(tensors, state, strict=True)), (), nest(dict(zip(batch, inputs, strict=True))))
         return list(seen.values())
 
     handles = [model.get_submodule(n).register_forward_hook(lambda *a, n=n: seen.setdefault(n, a[2])) for n in names]
@@ -142,7 +143,7 @@ def distinct_rows(
     """
     columns = [np.asarray(calib.inputs[name]).reshape(len(calib), -1) for name in block.inputs]
     first = {tuple(column[k].tobytes() for column in columns): k for k in reversed(range(len(calib)))}
-    rows = calib.rows(np.array(sorted(first.values())), device)
+    rows = flatten(calib.rows(np.array(sorted(first.values())), device))
     if len(block.inputs) > 1:
         conditions = ", ".join(name for name in block.inputs if name != "timestep")
         log.info("temporal block: %d pairs of timestep and %s", len(first), conditions)

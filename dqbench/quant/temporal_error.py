@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, normalize
 
-from dqbench.calibration import Batch, CalibrationSet
+from dqbench.arguments import Batch, flatten, nest
+from dqbench.calibration import CalibrationSet
 from dqbench.diagnostics import curves
 from dqbench.errors import UserError
 from dqbench.quant.temporal import Features, take
@@ -50,7 +51,8 @@ def network_features(model: nn.Module, heads: Sequence[str], calib: CalibrationS
     device, count = next(model.parameters()).device, len(rows["timestep"])
     try:
         for chosen in torch.arange(count).split(BATCH):
-            model(**calib.rows(np.zeros(len(chosen), dtype=np.int64), device) | take(rows, chosen))
+            others = flatten(calib.rows(np.zeros(len(chosen), dtype=np.int64), device))
+            model(**nest(others | take(rows, chosen)))
     finally:
         for handle in handles:
             handle.remove()

@@ -16,8 +16,10 @@ import pytest
 
 import dqbench.__main__ as cli
 from dqbench import stages
+from dqbench.config import compose
 from dqbench.launching.searchpath import presets
 from dqbench.models import ZOO
+from dqbench.studies import iso_bits
 
 Run = Callable[..., tuple[int, str, list[str]]]
 TINY = ("debug=tiny", "metrics=none", "tracking=none")
@@ -279,3 +281,12 @@ def test_help_tells_what_can_be_chosen(run: Run) -> None:
     assert (status, err) == (0, [])
     assert "qdiffusion*" in out and "w4a8*" in out and "130 interrupted" in out and "Powered by Hydra" not in out
     assert max(map(len, out.splitlines())) <= 132 and "${" not in out
+
+
+def test_a_sweep_that_names_a_study_ends_in_its_pages(monkeypatch, tmp_path):
+    written = []
+    monkeypatch.setattr(iso_bits, "write", lambda results: written.append(results) or {})
+    named = compose([f"paths.results={tmp_path}", "+table={study: iso_bits}"])
+    monkeypatch.setattr(cli, "cells", [named, named, compose([f"paths.results={tmp_path}"])])
+    cli.write_studies()
+    assert written == [tmp_path]

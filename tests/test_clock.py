@@ -20,7 +20,7 @@ from dqbench.quant.functional import fake_quantize
 from dqbench.quant.plan import select
 from dqbench.quant.quantizers import ActQuantizer, ActRule, WeightRule, act_quantizers
 from dqbench.quant.ranges import choose_qparams
-from dqbench.quant.running import RunningMinMax, calibrate_static, calibrate_steps
+from dqbench.quant.running import FIRST_ROWS, RunningMinMax, calibrate_static, calibrate_steps
 from tests.tiny import pipeline
 
 STEPS = [80, 60, 40, 20, 0]
@@ -189,3 +189,12 @@ def test_all_steps_share_one_compiled_graph():
         wanted = 2 * nn.functional.linear(exact, model.layer.weight, model.layer.bias)
         torch.testing.assert_close(compiled(x, torch.tensor(timestep)), wanted)
     assert len(graphs) == 1
+
+
+def test_a_rule_of_the_first_batch_sees_as_many_rows_of_each_step_as_start_ranges_elsewhere(static):
+    student, calib = copy.deepcopy(static), rows(FIRST_ROWS + 9)
+    per_step(student, STEPS, names=["conv_in"])
+    seen = []
+    student.register_forward_pre_hook(lambda module, args, kwargs: seen.append(len(kwargs["sample"])), with_kwargs=True)
+    calibrate_steps(student, calib, replace(SEARCH, over="first"))
+    assert seen == [FIRST_ROWS] * len(STEPS)

@@ -5,12 +5,26 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from diffusers import UNet2DConditionModel
 from omegaconf import OmegaConf
 
 from dqbench.config import compose
 from dqbench.errors import UserError
 from dqbench.launching.preflight import check_call
-from dqbench.models import anatomy, architecture, clone, conditions, denoiser, input_shapes, load, resolve
+from dqbench.models import (
+    UnconditionalPipeline,
+    anatomy,
+    architecture,
+    clone,
+    conditions,
+    default_units,
+    denoiser,
+    input_shapes,
+    load,
+    resolve,
+)
+from dqbench.quant.attach import find_units
+from dqbench.quant.plan import LAYER_TYPES
 from tests.tiny import ddim, pipeline
 
 
@@ -67,3 +81,41 @@ def test_the_folders_own_architecture_comes_before_the_presets(tmp_path):
     assert architecture(own)["sample_size"] == 8
     absent = OmegaConf.to_object(compose(["model=ldm4_imagenet"]).model)
     assert architecture(absent)["sample_size"] == 64
+
+
+def test_a_pipeline_trained_in_memory_is_quantized_in_eval_mode_and_left_as_it_was():
+    pipe = pipeline(dropout=0.5)
+    pipe.unet.train().requires_grad_(True)
+    twin = clone(pipe)
+    assert not twin.unet.training and not any(p.requires_grad for p in twin.unet.parameters())
+    assert pipe.unet.training and all(p.requires_grad for p in pipe.unet.parameters())
+
+
+def test_units_of_a_network_nobody_described_go_by_class():
+    network = UNet2DConditionModel(
+        sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(8,), norm_num_groups=4,
+        down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",), cross_attention_dim=4,
+        attention_head_dim=4, mid_block_type=None,
+    )  # fmt: skip
+    units = default_units(network)
+    assert {"down_blocks.0.resnets.0", "down_blocks.0.attentions.0.transformer_blocks.0"} <= set(units)
+    assert "down_blocks.0.attentions.0" not in units, "its glue returns a tuple or an output object"
+    layers = {name: None for name, module in network.named_modules() if isinstance(module, LAYER_TYPES)}
+    assert "down_blocks.0.attentions.0.proj_in" in find_units(network, units, layers)
+
+
+class Checked(UnconditionalPipeline):
+    """A pipeline that blackens what its safety checker dislikes."""
+
+    _optional_components = ["vqvae", "safety_checker"]
+
+    def __init__(self, unet, scheduler, vqvae=None, safety_checker=None):
+        super().__init__(unet, scheduler, vqvae)
+        self.register_modules(safety_checker=safety_checker)
+
+
+def test_no_safety_checker_looks_at_samples(tmp_path):
+    base = pipeline()
+    Checked(base.unet, base.scheduler, safety_checker=base.unet).save_pretrained(tmp_path)
+    family = replace(anatomy(base), path=str(tmp_path), pipeline="tests.test_models.Checked")
+    assert Checked.from_pretrained(tmp_path).safety_checker is not None and load(family).safety_checker is None

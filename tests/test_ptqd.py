@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import (
     ConfigMixin,
+    DDIMPipeline,
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
@@ -29,7 +30,7 @@ from dqbench.correction import Switches, correct, corrected_class
 from dqbench.errors import UserError
 from dqbench.launching.checks import check
 from dqbench.methods.ptqd import PTQD
-from dqbench.models import UnconditionalPipeline, clone, denoiser
+from dqbench.models import UnconditionalPipeline, anatomy, attach_anatomy, clone, denoiser
 from dqbench.noise_statistics import Statistics, collect, curves, estimate, residual_official, residual_paper, summary
 from dqbench.quant import checkpoint
 from dqbench.quant.clock import per_step, step_quantizers
@@ -579,3 +580,33 @@ def test_curves_are_json_and_follow_the_schedule(perturbed):
     assert lists["snr_forward"][1] == pytest.approx(abar / (1 - abar), rel=1e-5)
     error = 1 / np.array(lists["snr_quantized"])
     assert (error >= 1 / np.array(lists["snr_corrected"]) - 1e-9).all()
+
+
+@pytest.mark.parametrize("name", ["HeunDiscreteScheduler", "LMSDiscreteScheduler", "KDPM2DiscreteScheduler"])
+def test_schedulers_that_set_their_timesteps_while_they_are_constructed_are_corrected(name):
+    sampler = ddim(scheduler=name)
+    pipe = pipeline(sampler=sampler)
+    plain = generate(pipe, sampler, [1])
+    timesteps = steps_of(pipe).tolist()
+    for bias, same in ((0.0, True), (0.3, False)):
+        twin = clone(pipe)
+        twin.scheduler = correct(pipe.scheduler, made(timesteps, bias=bias), replace(ON, vsc=False))
+        assert np.allclose(generate(twin, sampler, [1]), plain, atol=1e-5) == same
+
+
+def test_variance_calibration_has_no_formula_for_thresholding():
+    with pytest.raises(UserError, match="thresholding=true; allowed: method.vsc=false"):
+        method().check(ddim(), DDIMScheduler(thresholding=True))
+    method(vsc=False).check(ddim(), DDIMScheduler(thresholding=True))
+
+
+def test_a_pipeline_class_that_converts_its_scheduler_keeps_the_corrected_one(tmp_path):
+    tiny = pipeline()
+    pipe = DDIMPipeline(tiny.unet, tiny.scheduler)
+    attach_anatomy(pipe, replace(anatomy(tiny), pipeline="diffusers.DDIMPipeline"))
+    pipe.sampler, pipe.unet.plan = ddim(), {}
+    pipe.scheduler = correct(tiny.scheduler, made([80, 60, 40, 20, 0], bias=0.2), ON)
+    checkpoint.save_pipeline(pipe, tmp_path)
+    loaded = checkpoint.load_pipeline(tmp_path)
+    assert type(loaded.scheduler).__name__ == "CorrectedDDIMScheduler"
+    assert loaded.scheduler.config.correction["bias"] == [[0.2]] * 5

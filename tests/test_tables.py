@@ -196,3 +196,10 @@ def test_baselines_join_a_sweep_where_they_are_comparable():
     assert label(full)["method"] == "fp32" and full.metrics == found[0].reference and full.run_id == ""
     own = row(method__name="fp32", bits__weight=8)  # has no bits to differ in
     assert with_baselines(found, [own]) == [*found, own]
+
+
+def test_bits_that_change_over_the_steps_are_told_by_their_mean():
+    mixed = row(method__mixed={"mode": "ranges", "ranges": []})
+    mixed.cost["bits_per_act"] = 6.04
+    assert label(mixed)["bits"] == "w4a~6.0"
+    assert label(row(method__mixed={"mode": "none"}))["bits"] == "w4a8"

@@ -348,3 +348,15 @@ def test_mismatch_is_the_shift_that_was_put_in():
     assert mismatch(timestep, shifted, exact) == [0, 0, 0, 0, -1]
     table = error_table(exact, [2 * values for values in exact], "cosine")
     assert table.abs().max() < 1e-6 and error_table(exact, exact, "mse").eq(0).all()
+
+
+def test_a_cache_is_billed_where_the_layer_behind_it_stays_in_full_precision():
+    head = "mid_block.resnets.0.time_emb_proj"
+    unet = quantize("tfmq_plus", "method.maintenance.kind=cm", f"method.skip=[{head}]").unet
+    cache = caches_of(unet)[head]
+    assert unet.plan[head].weight_overhead_bits == cache.overhead_bits() > 0
+
+
+def test_without_activation_quantizers_nothing_goes_by_steps():
+    unet = quantize("tfmq", act=32).unet
+    assert clock_of(unet) is None and not step_quantizers(unet)

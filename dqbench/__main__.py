@@ -51,7 +51,8 @@ def _run(cfg: DictConfig, folder: Path) -> None:
     with track(cfg, folder.name) as tracker:
         row = run(cfg, folder)
         tracker.log_row(row)
-        tracker.log_image("samples", folder / "samples.png")
+        if (image := folder / "samples.png").exists():
+            tracker.log_image("samples", image)
         tracker.log_curves(row.diagnostics)
 
 
@@ -96,7 +97,7 @@ def results_of(folders: list[Path], finished: int) -> dict[str, Path]:
     """What is told about where the results are: files of a single run, the place of all rows of a sweep."""
     if len(folders) > 1:
         return {f"{finished} of {len(folders)} rows": folders[0].parent / "*" / "row.json"}
-    paths = [folders[0] / name for name in ("row.json", "samples.png", "curves.png")]
+    paths = [folders[0] / name for name in ("row.json", "samples.png", "samples.txt", "curves.png")]
     return {path.name: path for path in paths if path.exists()}
 
 

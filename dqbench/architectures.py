@@ -15,26 +15,42 @@ from torch.func import functional_call
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
+from dqbench.arguments import flatten, nest
 from dqbench.errors import UserError
 from dqbench.quant.plan import LAYER_TYPES
 
 Macs = Counter[tuple[str, str]]  # (module name, kind) -> multiply-accumulates, in execution order
 
 
-def build(architecture: Mapping[str, Any]) -> nn.Module:
-    """The diffusers model of a config with `_class_name`, in eval mode, its parameters on the meta device."""
-    import diffusers
+def build(architecture: Mapping[str, Any], device: str = "meta") -> nn.Module:
+    """The network of a config in eval mode, on the meta device unless asked otherwise: made, not loaded.
 
-    name = architecture.get("_class_name")
-    cls = getattr(diffusers, str(name), None)
-    if not (inspect.isclass(cls) and issubclass(cls, nn.Module)):
-        raise UserError(f"architecture._class_name={name} is no diffusers model; for example UNet2DModel")
+    `_class_name`: a diffusers model, or a network of dqbench.text.networks, whose own config calls it `architectures`.
+    """
+    name = architecture.get("_class_name") or next(iter(architecture.get("architectures") or ()), None)
     config = {key: value for key, value in architecture.items() if not key.startswith("_")}
     try:
-        with torch.device("meta"):
-            return cls(**config).eval()
+        with torch.device(device):
+            return create(str(name), config).eval()
     except (TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"architecture: {name} cannot be built: {error}") from error
+
+
+def create(name: str, config: Mapping[str, Any]) -> nn.Module:
+    """The network of class `name`. Raises UserError where there is none of that name."""
+    import diffusers
+
+    cls = getattr(diffusers, name, None)
+    if inspect.isclass(cls) and issubclass(cls, nn.Module):
+        return cls(**config)
+    from dqbench.text import networks
+
+    cls = getattr(networks, name, None)
+    if not (inspect.isclass(cls) and issubclass(cls, networks.PreTrainedModel)):
+        raise UserError(f"architecture._class_name={name} is no diffusers model; for example UNet2DModel")
+    return cls(cls.config_class(**config))
 
 
 @torch.no_grad()
@@ -46,8 +62,9 @@ def count_macs(denoiser: nn.Module, inputs: Mapping[str, Any]) -> Macs:
     """
     state = {name: x.to("meta") for name, x in chain(denoiser.named_parameters(), denoiser.named_buffers())}
     dtype = next(denoiser.parameters()).dtype
-    arguments = {name: example(shape, dtype) for name, shape in inputs.items()}
-    arguments["timestep"] = torch.zeros(1, dtype=torch.long, device="meta")
+    arguments = nest({name: example(name, shape, dtype) for name, shape in flatten(inputs).items()})
+    if "timestep" in inspect.signature(type(denoiser).forward).parameters:
+        arguments["timestep"] = torch.zeros(1, dtype=torch.long, device="meta")
     macs: Macs = Counter()
     with metered(denoiser, macs):
         functional_call(denoiser, state, args=(), kwargs=arguments)
@@ -55,10 +72,12 @@ def count_macs(denoiser: nn.Module, inputs: Mapping[str, Any]) -> Macs:
     return macs
 
 
-def example(shape: Any, dtype: torch.dtype) -> Tensor:
-    """An input of batch 1 on the meta device: [1, *shape], or one class index for `true`."""
+def example(name: str, shape: Any, dtype: torch.dtype) -> Tensor:
+    """An input of batch 1 on the meta device: [1, *shape], or one class index for `true`; token ids are integers."""
     if shape is True:
         return torch.zeros(1, dtype=torch.long, device="meta")
+    if name.endswith("_ids") and name != "added_cond_kwargs.time_ids":
+        return torch.zeros(1, *shape, dtype=torch.long, device="meta")
     return torch.empty(1, *shape, dtype=dtype, device="meta")
 
 

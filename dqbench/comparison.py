@@ -23,12 +23,12 @@ Flat = dict[str, Any]  # dotted key -> value
 def label(row: Row) -> dict[str, str]:
     """model, method, bits, sampler and number of samples of a row, as people say them."""
     bits, sampler, method = (row.config.get(key, {}) for key in ("bits", "sampler", "method"))
-    name = method_name(method)
+    name, scheduler = method_name(method), str(sampler.get("scheduler", "?")).split(".")[-1]
     return {
         "model": str(row.config.get("model", {}).get("name", "?")),
         "method": name,
         "bits": "–" if name == "fp32" else f"w{bits.get('weight', '?')}a{act_bits(row)}",
-        "sampler": f"{sampler.get('scheduler', '?').removesuffix('Scheduler')} {sampler.get('steps', '?')} steps",
+        "sampler": f"{scheduler.removesuffix('Scheduler')} {sampler.get('steps', '?')} steps",
         "samples": f"{sampler.get('num_samples', 0):,} samples",
     }
 

@@ -22,6 +22,7 @@ from dqbench.errors import UserError
 
 NOT_HASHED = ("hydra", "tracking", "paths", "runtime", "table", "debug", "base")  # base: its content is method.base
 THROUGHPUT = {"sampler": ("batch_size",), "metrics": ("batch_size",)}  # how fast a result comes, not the result
+ADDED = {"calib": ("mask",)}  # keys that came after the first rows: not hashed where they are null
 OFF = (16, 32)  # bit-widths that mean "not quantized"
 
 
@@ -80,6 +81,17 @@ class Recon:
 
 
 @dataclass
+class Mask:
+    """Texts that calibrate a masked-diffusion language model, a prefix of each left visible (Quant-dLLM's MCS)."""
+
+    mode: str  # per_sample_grid | cross: every row at every one of `times` mask ratios
+    gamma: float  # visible prefix, share of a row
+    times: int
+    rows: str  # of the model's data: english, tasks or a task of the miniature; text for a file
+    length: int | None  # tokens of a row of a text file
+
+
+@dataclass
 class Calib:
     """What calibrates. policy: uniform, normal or fixed; source: trajectory, noise, image or train_mimic."""
 
@@ -93,6 +105,7 @@ class Calib:
     std: float
     step: int | None  # fixed: position in the sampler's steps
     official: bool
+    mask: Mask | None  # language models: `samples` masked texts in place of all other keys
 
 
 @dataclass
@@ -102,7 +115,7 @@ class Sampler:
     scheduler: str
     steps: int
     eta: float
-    spacing: str  # leading | trailing | linspace | quad
+    spacing: str | None  # leading | trailing | linspace | quad; None where the scheduler has no such choice
     guidance: float
     num_samples: int
     batch_size: int
@@ -164,12 +177,19 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
 
     Of a file with weights of a metric only the name counts, not the folder it lies in.
     """
-    content = {key: plain(cfg._get_node(key)) for key in cfg if key not in NOT_HASHED}
+    content = {key: hashed(key, cfg._get_node(key)) for key in cfg if key not in NOT_HASHED}
     for group, keys in THROUGHPUT.items():
         content[group] = {key: value for key, value in content[group].items() if key not in keys}
     if weights := content["metrics"].get("weights"):
         content["metrics"]["weights"] = Path(weights).name
     return content
+
+
+def hashed(group: str, node: Any) -> Any:
+    """plain(node) without keys of ADDED that are null, so that a new key leaves the names of earlier rows alone."""
+    content = plain(node)
+    unset = [key for key in ADDED.get(group, ()) if content.get(key) is None]
+    return {key: value for key, value in content.items() if key not in unset} if unset else content
 
 
 def plain(node: Any) -> Any:

@@ -7,13 +7,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from dqbench import cost
 from dqbench.config import identity, run_id
-from dqbench.diagnostics import mean_over_chains, noise_error_curves, save_curves, save_grid
+from dqbench.diagnostics import save_curves
 from dqbench.metrics.base import Metric, difference
-from dqbench.metrics.paired import paired
 from dqbench.models import denoiser, input_shapes
 from dqbench.provenance import provenance, stamp
 from dqbench.quant.attach import installed
@@ -37,26 +34,26 @@ class Stages:
     reference: Artifact
     scores: Artifact
     reference_scores: Artifact
-    noise_error: Artifact | None
+    error: Artifact | None  # of the quantized network's predictions
 
     def named(self) -> dict[str, Artifact]:
         """Those that there are, by what they made."""
         named = {"calibration": self.calib, **self.quantized.parts, "samples": self.samples, "scores": self.scores}
-        named |= {"fp32_samples": self.reference, "fp32_scores": self.reference_scores, "noise_error": self.noise_error}
+        named |= {"fp32_samples": self.reference, "fp32_scores": self.reference_scores, "network_error": self.error}
         return {name: artifact for name, artifact in named.items() if artifact is not None}
 
 
 def record(cell: Cell, stages: Stages) -> Row:
     """Compare, bill, stamp."""
     scores, full = read_metrics(stages.scores), read_metrics(stages.reference_scores)
-    quantized = stages.noise_error is not None
+    quantized = stages.error is not None
     return Row(
         run_id=run_id(cell.cfg),
         config=identity(cell.cfg),
         metrics={name: metric.to_dict() for name, metric in scores.items()},
         reference={name: metric.to_dict() for name, metric in full.items()},
         difference={name: difference(metric, full[name]) for name, metric in scores.items()} if quantized else {},
-        paired=compare(stages),
+        paired=compare(cell, stages),
         cost=bill(cell, stages.quantized),
         timing=timing(stages),
         provenance=provenance(
@@ -71,28 +68,28 @@ def record(cell: Cell, stages: Stages) -> Row:
     )
 
 
-def compare(stages: Stages) -> dict[str, Any]:
+def compare(cell: Cell, stages: Stages) -> dict[str, Any]:
     """Paired metrics against full precision on the same seeds; none for full precision."""
-    if stages.noise_error is None:
+    if stages.error is None:
         return {}
-    images = (Shards(part.folder, "sample").read() for part in (stages.samples, stages.reference))
-    found = {**paired(*images), "noise_error": mean_over_chains(np.load(stages.noise_error.folder / "errors.npy"))}
+    samples, reference = (Shards(part.folder, "sample").read() for part in (stages.samples, stages.reference))
+    found = cell.modality.compare(samples, reference, stages.error)
     return {name: metric.to_dict() for name, metric in found.items()}
 
 
 def diagnose(cell: Cell, stages: Stages) -> dict[str, Any]:
-    """Curves over the sampling steps: the error of the predicted noise, and what the method has to show."""
-    if stages.noise_error is None:
+    """Curves: the error of the network's predictions, and what the method has to show."""
+    if stages.error is None:
         return {}
-    errors, timestep = (np.load(stages.noise_error.folder / f"{name}.npy") for name in ("errors", "timestep"))
-    return {"noise error": noise_error_curves(errors, timestep), **cell.diagnostics(stages.quantized)}
+    return {**cell.modality.error_curves(stages.error), **cell.diagnostics(stages.quantized)}
 
 
 def bill(cell: Cell, quantized: Quantized) -> dict[str, Any]:
     """The bill of the denoiser as it was really quantized, at the size that was really loaded."""
     network, student = denoiser(cell.pipe), denoiser(cell.load(quantized))
     plan, bits = installed(student, cell.bits)
-    found = cost.layers(network, input_shapes(cell.model, network.config))
+    config = network.config.to_dict() if hasattr(network.config, "to_dict") else network.config
+    found = cost.layers(network, input_shapes(cell.model, config))
     return asdict(cost.cost(found, plan, bits, attention_groups(student)))
 
 
@@ -111,10 +108,9 @@ def timing(stages: Stages) -> dict[str, float]:
     }
 
 
-def picture(row: Row, stages: Stages, folder: Path) -> None:
-    """The first samples as a PNG, full precision above, quantized below; and the curves of the diagnostics."""
-    full, own = (Shards(part.folder, "sample").read() for part in (stages.reference, stages.samples))
-    save_grid(full, own if stages.noise_error else None, folder / "samples.png")
+def picture(cell: Cell, row: Row, stages: Stages, folder: Path) -> None:
+    """The first samples, and the curves of the diagnostics."""
+    cell.modality.picture(cell, stages, folder)
     if row.diagnostics:
         save_curves(row.diagnostics, folder / "curves.png")
 

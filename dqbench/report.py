@@ -16,7 +16,7 @@ from dqbench.metrics.text import decimals, first_fits, ordered, quantity
 if TYPE_CHECKING:
     from dqbench.results import Row
 
-MAIN = ("fd*", "fid*", "psnr*", "*error*")  # a sweep shows the first metric that fits each
+MAIN = ("fd*", "fid*", "exact*", "nll*", "psnr*", "kl", "*error*")  # a sweep shows the first metric that fits each
 COST = {
     "bops": "BOPs",
     "macs": "MACs",

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from omegaconf import DictConfig, OmegaConf
 
-from dqbench.calibration import CalibrationSet, calibration_seeds, record_trajectory, select
-from dqbench.config import THROUGHPUT, build, compose, digest, plain, run_id
-from dqbench.diagnostics import noise_errors
+from dqbench.calibration import CalibrationSet
+from dqbench.config import THROUGHPUT, build, compose, digest, hashed, plain, run_id
 from dqbench.launching.checks import check
 from dqbench.launching.preflight import choose_device, preflight
 from dqbench.methods.fp32 import FP32
-from dqbench.metrics.guards import check_finite, check_samples
+from dqbench.modality import check_modality, modality_of
 from dqbench.models import checkpoint_hash, denoiser, load, read_prompts
 from dqbench.noise_statistics import collect, estimate, statistics_seeds
 from dqbench.provenance import stamp
@@ -29,12 +27,9 @@ from dqbench.quant.checkpoint import load_denoiser, save_denoiser
 from dqbench.record import Stages, picture, record, write_json
 from dqbench.resources import full_float32, restart_peak, set_threads
 from dqbench.results import Row, finished
-from dqbench.sampling import generate, sample_seed, set_sampler, to_uint8
-from dqbench.shards import Shards, fill, save_array
-from dqbench.sources import replace_source
+from dqbench.sampling import set_sampler
+from dqbench.shards import Shards, fill
 from dqbench.stages import Artifact, Store, checksums, taking_turns
-
-PROBE_CHAINS = 64  # scored seeds along whose full-precision trajectory the error of the predicted noise is measured
 
 
 def run(cfg: DictConfig, folder: Path | None = None) -> Row:
@@ -47,12 +42,12 @@ def run(cfg: DictConfig, folder: Path | None = None) -> Row:
     calib = cell.calibrate()
     quantized = cell.quantize(calib)
     samples, reference = cell.generate(quantized), cell.generate(cell.full_precision)
-    scores, reference_scores = cell.score(samples), cell.score(reference)
-    errors = cell.noise_error(quantized)
-    stages = Stages(calib, quantized, samples, reference, scores, reference_scores, errors)
+    scores, reference_scores = cell.score(samples, quantized), cell.score(reference, cell.full_precision)
+    error = cell.network_error(quantized)
+    stages = Stages(calib, quantized, samples, reference, scores, reference_scores, error)
     row = record(cell, stages)
     if folder is not None:
-        picture(row, stages, folder)
+        picture(cell, row, stages, folder)
         row.write(folder)
     return row
 
@@ -96,7 +91,8 @@ class Cell:
             OmegaConf.to_object(self.cfg[key]) for key in ("model", "sampler", "calib", "bits")
         )
         self.method, self.metrics = build(self.cfg.method), build(self.cfg.metrics)
-        self.seed, self.full_precision = self.cfg.seed, Quantized()
+        self.seed, self.full_precision, self.modality = self.cfg.seed, Quantized(), modality_of(self.model)
+        check_modality(self.model, self.calib, self.method, self.metrics)
         self.metrics.check(self.model.data, self.sampler.num_samples)
         scheduler = preflight(self.model, self.sampler, self.cfg.runtime.device)
         for method in (self.method, getattr(self.method, "base", None)):
@@ -135,33 +131,14 @@ class Cell:
         family["prompts"] = digest(read_prompts(self.model))
         return {"checkpoint": checkpoint_hash(self.model), "model": family, "sampler": sampler, "seed": self.seed}
 
-    def trajectory(self, chains: int, purpose: str) -> Artifact:
-        """Inputs and outputs of full-precision sampling: calibration chains, or the first scored seeds (probe)."""
-        seeds = {
-            "calibration": lambda rows: calibration_seeds(rows, self.seed),
-            "probe": lambda rows: [sample_seed(self.seed, i) for i in rows],
-        }[purpose]
-        return self.store.get(
-            "trajectory",
-            {**self.origin, "chains": chains, "purpose": purpose},
-            lambda folder: record_trajectory(self.pipe, self.sampler, chains, seeds, folder),
-        )
-
     def calibrate(self) -> Artifact | None:
-        """The calibration set that the policy picks from the shared trajectory; None where nothing is quantized."""
-        if isinstance(self.method, FP32):
-            return None
-        source = self.trajectory(self.calib.chains, "calibration")
+        """The calibration set; None where nothing is quantized."""
+        return None if isinstance(self.method, FP32) else self.modality.calibrate(self)
 
-        def produce(folder: Path) -> None:
-            select(source.folder, self.calib, self.seed, folder)
-            if self.calib.source != "trajectory":
-                replace_source(self.pipe, self.calib, self.seed, folder)
-
-        picked = {key: value for key, value in plain(self.cfg.calib).items() if key != "batch_size"}
-        depends = {"trajectory": source.key, "calib": picked, "data": self.data_hash, "seed": self.seed}
-        artifact = self.store.get("calibration", depends, produce)
-        return replace(artifact, seconds=source.seconds + artifact.seconds, resumed=source.resumed or artifact.resumed)
+    @property
+    def picked(self) -> dict[str, Any]:
+        """What the calibration set depends on in calib."""
+        return {key: value for key, value in hashed("calib", self.cfg.calib).items() if key != "batch_size"}
 
     def quantize(self, calib: Artifact | None) -> Quantized:
         """The method's denoiser; where a method builds on another, that one's (shared), refined and corrected."""
@@ -235,29 +212,25 @@ class Cell:
         return self._loaded[1]
 
     def generate(self, quantized: Quantized) -> Artifact:
-        """uint8 samples [N, H, W, C] in shards; sample i depends on its seed alone."""
+        """Samples in shards; sample i depends on its seed alone."""
         count = self.sampler.num_samples
 
         def produce(folder: Path) -> None:
             pipe = self.load(quantized)
             title = "quantized samples" if quantized.denoiser else "fp32 samples"
-
-            def batch(rows: range) -> dict[str, np.ndarray]:
-                images = generate(pipe, self.sampler, [sample_seed(self.seed, i) for i in rows], rows)
-                check_finite(images, rows.start)
-                return {"sample": to_uint8(images)}
-
-            fill(folder, count, self.sampler.batch_size, batch, title)
-            check_samples(Shards(folder, "sample").read())
+            fill(folder, count, self.sampler.batch_size, lambda rows: self.modality.sample(self, pipe, rows), title)
+            self.modality.check_samples(Shards(folder, "sample").read())
 
         return self.store.get("samples", {**self.origin, "quantized": quantized.key, "num_samples": count}, produce)
 
-    def score(self, samples: Artifact) -> Artifact:
-        """The metrics of a sample set against real data."""
+    def score(self, samples: Artifact, quantized: Quantized) -> Artifact:
+        """The metrics of a sample set against real data, and of the network that made it where a metric asks for it."""
 
         def produce(folder: Path) -> None:
-            images = Shards(samples.folder, "sample").read()
-            scores = self.metrics.score(images, self.model.data, self.references, device=self.device)
+            made = Shards(samples.folder, "sample").read()
+            scores = self.metrics.score(made, self.model.data, self.references, device=self.device)
+            if hasattr(self.metrics, "score_network"):
+                scores |= self.metrics.score_network(self.load(quantized), self.model)
             write_json(folder / "metrics.json", {name: asdict(metric) for name, metric in scores.items()})
 
         unhashed = (*THROUGHPUT["metrics"], "weights")
@@ -283,21 +256,9 @@ class Cell:
         folder = Path(self.model.data).expanduser()
         return digest(checksums(folder)) if folder.is_dir() else self.model.data
 
-    def noise_error(self, quantized: Quantized) -> Artifact | None:
-        """||eps_q - eps|| / ||eps|| along full-precision sampling of the first scored seeds; None for full precision.
-
-        Of the network's own output: neither guided nor corrected by the sampler.
-        """
-        if quantized.denoiser is None:
-            return None
-        probe = self.trajectory(min(PROBE_CHAINS, self.sampler.num_samples), "probe")
-
-        def produce(folder: Path) -> None:
-            errors = noise_errors(self.load(quantized), probe.folder)
-            save_array(folder / "errors.npy", errors)
-            save_array(folder / "timestep.npy", Shards(probe.folder, "timestep")[0][0])
-
-        return self.store.get("noise_error", {"probe": probe.key, "quantized": quantized.denoiser.key}, produce)
+    def network_error(self, quantized: Quantized) -> Artifact | None:
+        """How far the quantized network's own predictions are from full precision's; None for full precision."""
+        return self.modality.network_error(self, quantized) if quantized.denoiser else None
 
 
 class _Callable(ModuleType):

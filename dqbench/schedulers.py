@@ -59,7 +59,7 @@ def make_scheduler(config: dict[str, Any], sampler: Sampler) -> Any:
     """
     cls = scheduler_class(sampler)
     settings = dict(sampler.kwargs)
-    if sampler.spacing != "quad":
+    if sampler.spacing not in (None, "quad"):
         settings["timestep_spacing"] = sampler.spacing
     accepted = [name for name in inspect.signature(cls.__init__).parameters if name != "self"]
     for name in settings:

@@ -33,6 +33,7 @@ VERSIONS = {  # part of every key: bumped when what a stage computes from the sa
     "samples": 2,
     "scores": 3,
     "noise_error": 2,
+    "agreement": 1,
     "features": 1,
 }
 _part: ContextVar[Path | None] = ContextVar("part", default=None)

@@ -31,7 +31,7 @@ from tests.tiny import ddim, pipeline
 def calib(**changes) -> Calib:
     values = {
         "source": "trajectory", "policy": "uniform", "chains": 6, "steps": 2, "samples": 8, "mean": 0.4, "std": 0.4,
-        "step": None, "official": False, "batch_size": 4,
+        "step": None, "official": False, "batch_size": 4, "mask": None,
     }  # fmt: skip
     return Calib(**values | changes)
 

@@ -20,9 +20,12 @@ PRESETS = [
 ]
 
 
+BESIDE = {"base=": ["method=ptqd"], "sampler=llada": ["model=text_mdlm"], "sampler=dream": ["model=text_mdlm"]}
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_composes_and_passes_the_checks(preset: str) -> None:
-    cfg = compose([preset, *(["method=ptqd"] if preset.startswith("base=") else [])])
+    cfg = compose([preset, *next((more for start, more in BESIDE.items() if preset.startswith(start)), [])])
     check(cfg)
     build(cfg.method)
     build(cfg.metrics)

@@ -45,7 +45,8 @@ def check_node(node: DictConfig, kind: type, prefix: str) -> None:
 
 def check_choices(cfg: DictConfig) -> None:
     """Raise UserError for words that are none of those known."""
-    check_choice("sampler.spacing", cfg.sampler.spacing, ("leading", "trailing", "linspace", "quad"))
+    if cfg.sampler.spacing is not None:
+        check_choice("sampler.spacing", cfg.sampler.spacing, ("leading", "trailing", "linspace", "quad"))
     check_choice("calib.source", cfg.calib.source, ("trajectory", "noise", "image", "train_mimic"))
     check_choice("calib.policy", cfg.calib.policy, ("uniform", "normal", "fixed"))
     check_choice("recon.order", cfg.recon.order, ("execution", "official"))
@@ -61,7 +62,7 @@ def check_ranges(cfg: DictConfig) -> None:
     kept = calib.steps or sampler.steps
     if not uniform and calib.samples is None:
         raise UserError(f"calib.samples=null has no meaning for calib.policy={calib.policy}; allowed: 1 or more")
-    if uniform and calib.samples is not None and calib.samples // kept > calib.chains:
+    if uniform and calib.mask is None and calib.samples is not None and calib.samples // kept > calib.chains:
         given = f"calib.samples={calib.samples} is more than {kept} steps x calib.chains={calib.chains}"
         raise UserError(f"{given}; allowed: at most their product")
     check_range("sampler", sampler, {"steps": (1, None), "eta": (0, 1), "num_samples": (2, None)})
@@ -70,6 +71,8 @@ def check_ranges(cfg: DictConfig) -> None:
     check_range("calib", calib, {"batch_size": (1, None)})
     check_range("calib", calib, {"steps": (1, sampler.steps if uniform else None)}, "sampler.steps")
     check_range("calib", calib, {"step": (0, sampler.steps - 1)}, "sampler.steps - 1")
+    if calib.mask is not None:
+        check_mask(calib)
     check_range("recon", recon, {"iters": (0, None), "iters_act": (0, None), "batch_size": (1, None), "warmup": (0, 1)})
     check_range("recon", recon, {"lr": (0, None), "lr_act": (0, None), "p": (0, None), "p_act": (0, None)})
     check_range("recon", recon, {"penalty": (0, None), "act_init_samples": (1, None)})
@@ -77,6 +80,14 @@ def check_ranges(cfg: DictConfig) -> None:
     check_range("", cfg, {"seed": (0, None)})
     if len(recon.beta) != 2:
         raise UserError(f"recon.beta={list(recon.beta)} is not usable; allowed: two numbers, start and end")
+
+
+def check_mask(calib: DictConfig) -> None:
+    """Raise UserError for masks that could not calibrate a language model."""
+    check_choice("calib.mask.mode", calib.mask.mode, ("none", "per_sample_grid", "cross"))
+    check_range("calib.mask", calib.mask, {"gamma": (0, 1), "times": (1, None), "length": (2, None)})
+    if calib.samples is None:
+        raise UserError("calib.samples=null has no meaning for masked texts; allowed: 1 or more")
 
 
 def check_range(group: str, node: DictConfig, limits: dict[str, tuple[Any, Any]], high_is: str = "") -> None:

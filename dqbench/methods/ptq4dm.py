@@ -41,6 +41,8 @@ class PTQ4DM:
     quantize_sigma: bool  # 8-bit standard deviation of the sampler's step
     quantize_x: bool  # 8-bit x_{t-1}
 
+    modalities = ("image",)
+
     def __post_init__(self) -> None:
         check_choice("method.act_site", self.act_site, ("input", "output"))
 

@@ -45,6 +45,8 @@ class PTQD:
     vsc: bool  # variance schedule calibration
     form: str  # of vsc: paper | official_master
 
+    modalities = ("image",)
+
     def __post_init__(self) -> None:
         check_choice("method.estimator", self.estimator, ESTIMATORS)
         check_choice("method.form", self.form, FORMS)

@@ -116,6 +116,8 @@ class TFMQ:
     fsc: Fsc
     maintenance: Maintenance
 
+    modalities = ("image",)
+
     def __post_init__(self) -> None:
         check_choice("method.tiar.timesteps", self.tiar.timesteps, ("none", "all", "calibration"))
         check_choice("method.fsc.scope", self.fsc.scope, ("none", "tib", "all"))

@@ -6,7 +6,22 @@ import math
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatch
 
-ORDER = ("fd*", "fid*", "sfd*", "sfid*", "kd*", "kid*", "is*", "precision*", "recall*", "psnr*", "ssim*", "cosine*")
+ORDER = (
+    "fd*",
+    "fid*",
+    "sfd*",
+    "sfid*",
+    "kd*",
+    "kid*",
+    "is*",
+    "precision*",
+    "recall*",
+    "exact*",
+    "nll*",
+    "psnr*",
+    "ssim*",
+    "cosine*",
+)
 UNITS = (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3))
 
 

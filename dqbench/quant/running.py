@@ -77,7 +77,7 @@ def calibrate_steps(
 
 
 def check_steps(calib: Calib, steps: int, groups: Sequence[Sequence[int]]) -> None:
-    """Raise UserError where rows that `calib` will pick of `steps` sampler steps leave one of the groups without any."""
+    """Raise UserError where the rows that `calib` picks of `steps` sampler steps leave a group without any."""
     if calib.policy != "uniform" or calib.source != "trajectory":
         given = f"calib.policy={calib.policy} with calib.source={calib.source}"
         raise UserError(f"per-step parameters need rows of every sampler step, not {given}; allowed: calib=every_step")

@@ -1,0 +1,247 @@
+"""Released masked-diffusion language models, read without their code: config.json, safetensors, tokenizer files.
+
+open_layers() checks every name and shape from the files' headers and reads tensors when they are asked for, one decoder
+layer or the whole network; load_language_model() makes a pipeline of them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from accelerate.utils import set_module_tensor_to_device
+from diffusers import BlockRefinementScheduler, DiffusionPipeline, LLaDA2Pipeline
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+
+from dqbench.config import one_line
+from dqbench.errors import UserError
+from dqbench.text.families import FAMILIES, Family
+from dqbench.text.pipeline import MaskedDiffusionPipeline
+from dqbench.text.schedulers import LLaDAScheduler
+
+FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]  # what is fetched of a hub id
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
+END_OF_TURN = "<|eot_id|>"  # LLaDA's
+LLADA2 = "llada2"  # model types that begin so belong to diffusers' LLaDA2Pipeline
+
+
+class CheckpointPipeline(MaskedDiffusionPipeline):
+    """Loads what load_language_model() reads where a pipeline's class is named; a pipeline's own folder as well."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: Path | str,
+        dtype: torch.dtype | None = None,
+        local_files_only: bool = False,
+        trust_remote_code: bool = False,
+        **parts: Any,
+    ) -> DiffusionPipeline:
+        """The pipeline of a released model's folder or hub id; `parts` are of a pipeline's own folder only."""
+        folder = Path(path) if Path(path).is_dir() else Path(cls.download(str(path), local_files_only=local_files_only))
+        if (folder / "model_index.json").exists():
+            return MaskedDiffusionPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True, **parts)
+        return load_language_model(folder, dtype, trust_remote_code)
+
+    @classmethod
+    def download(cls, path: str, local_files_only: bool = False) -> str:
+        """The cached folder of a hub id."""
+        return snapshot_download(path, allow_patterns=FILES, local_files_only=local_files_only)
+
+
+def load_language_model(
+    path: Path | str, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+) -> DiffusionPipeline:
+    """The pipeline of a released model's folder with its authors' sampler; without tokenizer files it takes token ids.
+
+    trust_remote_code: run the code that comes with an unknown architecture; the known ones are read natively even so.
+    """
+    folder, content = Path(path), read_json(Path(path) / "config.json")
+    if content.get("model_type") not in FAMILIES and trust_remote_code:
+        return load_by_its_own_code(folder, content, dtype)
+    checkpoint = open_layers(folder)
+    tokenizer = read_tokenizer(folder, checkpoint.family.tokenizer)
+    name_mask(checkpoint, tokenizer)
+    end = checkpoint.config.eos_token_id
+    scheduler = checkpoint.family.scheduler(
+        mask_token_id=checkpoint.config.mask_token_id,
+        eos_token_id=end[0] if isinstance(end, list) else end,
+        eot_token_id=None if tokenizer is None else tokenizer.get_vocab().get(END_OF_TURN),
+    )
+    return MaskedDiffusionPipeline(checkpoint.load(dtype), scheduler, tokenizer)
+
+
+def load_by_its_own_code(folder: Path, content: Mapping[str, Any], dtype: torch.dtype | None) -> DiffusionPipeline:
+    """A pipeline around a network whose code comes with it; LLaDA-2's in diffusers' own pipeline."""
+    is_llada2 = str(content.get("model_type")).startswith(LLADA2)
+    network = (AutoModelForCausalLM if is_llada2 else AutoModel).from_pretrained(
+        folder, dtype=dtype, trust_remote_code=True
+    )
+    tokenizer = read_tokenizer(folder, AutoTokenizer, trust_remote_code=True)
+    network.eval().requires_grad_(False)
+    if is_llada2:
+        return LLaDA2Pipeline(network, BlockRefinementScheduler(), tokenizer)
+    return MaskedDiffusionPipeline(network, LLaDAScheduler(), tokenizer)
+
+
+def read_tokenizer(folder: Path, kind: Any, **options: Any) -> Any | None:
+    """The tokenizer in the folder; None where its files are not there. Raises UserError for damaged ones."""
+    files = [folder / name for name in TOKENIZER_FILES if (folder / name).exists()]
+    if not files:
+        return None
+    for file in [*files, folder / "tokenizer_config.json"]:
+        if file.suffix == ".json" and file.exists():
+            read_json(file)
+    try:
+        return kind.from_pretrained(folder, local_files_only=True, **options)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"the tokenizer in {folder} cannot be read: {one_line(error)[:160]}") from error
+
+
+def name_mask(checkpoint: Checkpoint, tokenizer: Any | None) -> None:
+    """Let config and tokenizer agree on the mask token; the config's counts. Raises UserError where none is named."""
+    mask = getattr(checkpoint.config, "mask_token_id", None)
+    mask = getattr(tokenizer, "mask_token_id", None) if mask is None else mask
+    if mask is None or not 0 <= mask < checkpoint.config.vocab_size:
+        line = f"mask_token_id={mask}; a masked-diffusion model names one below {checkpoint.config.vocab_size}"
+        raise UserError(f"{checkpoint.folder / 'config.json'} has {line}")
+    checkpoint.config.mask_token_id = mask
+    if tokenizer is not None and tokenizer.mask_token_id != mask:
+        tokenizer.mask_token = tokenizer.convert_ids_to_tokens(mask)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A released model on disk. tensors: native name -> (file, name in it); nothing but headers has been read."""
+
+    folder: Path
+    family: Family
+    config: PreTrainedConfig
+    tensors: dict[str, tuple[Path, str]]
+
+    def empty(self) -> nn.Module:
+        """The network with parameters on the meta device and buffers in place."""
+        with init_empty_weights(include_buffers=False):
+            return self.family.network(self.config).eval().requires_grad_(False)
+
+    def state(self, module: str = "", dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """The state dict of one native module, such as model.layers.3, as stored or in `dtype`."""
+        prefix = f"{module}." if module else ""
+        return {name.removeprefix(prefix): tensor for name, tensor in self.stream(prefix, dtype)}
+
+    def stream(self, prefix: str = "", dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+        """(native name, tensor) of all tensors that begin with `prefix`, read one at a time."""
+        for name, (file, stored) in self.tensors.items():
+            if name.startswith(prefix):
+                with opened(file) as content:
+                    tensor = content.get_tensor(stored)
+                    yield name, tensor if dtype is None else tensor.to(dtype)
+
+    def load(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """The network, filled tensor by tensor."""
+        network = self.empty()
+        for name, tensor in self.stream(dtype=dtype):
+            set_module_tensor_to_device(network, name, "cpu", value=tensor, dtype=tensor.dtype)
+        network.tie_weights()
+        return network
+
+
+def open_layers(path: Path | str) -> Checkpoint:
+    """The checkpoint in a folder, its names and shapes checked. Raises UserError for what cannot be read natively."""
+    folder, content = Path(path), read_json(Path(path) / "config.json")
+    if (family := FAMILIES.get(content.get("model_type"))) is None:
+        raise UserError(unknown_architecture(folder, content))
+    stored = stored_tensors(folder)
+    if unknown := sorted(name for name in stored if family.native(name) is None):
+        raise UserError(f"{folder} holds {len(unknown)} tensors that no {content['model_type']} has: {unknown[0]}, ...")
+    tensors = {family.native(name): (file, name) for name, file in stored.items()}
+    checkpoint = Checkpoint(folder, family, read_config(folder, content), tensors)
+    check_tensors(checkpoint)
+    return checkpoint
+
+
+def read_config(folder: Path, content: Mapping[str, Any]) -> PreTrainedConfig:
+    """The native network's config. Raises UserError for a config.json that lacks or twists something."""
+    try:
+        return FAMILIES[content["model_type"]].config(content)
+    except KeyError as error:
+        raise UserError(f"{folder / 'config.json'} lacks {error}, which a {content['model_type']} needs") from error
+    except (TypeError, StrictDataclassError) as error:
+        raise UserError(f"{folder / 'config.json'} describes no network: {one_line(error)[:160]}") from error
+
+
+def unknown_architecture(folder: Path, content: Mapping[str, Any]) -> str:
+    """One line: what the folder holds, and what can be read."""
+    named = ", ".join(content.get("architectures") or []) or "no architecture"
+    return (
+        f"{folder}: model_type {content.get('model_type')} ({named}) is unknown; read without remote code: "
+        f"{', '.join(FAMILIES)}; trust_remote_code=True would run the code that comes with it"
+    )
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object; UserError where it is missing or damaged."""
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read ({one_line(error)}); needed: a released model's folder") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file} holds no JSON object; needed: a released model's folder")
+    return content
+
+
+def stored_tensors(folder: Path) -> dict[str, Path]:
+    """Tensor name -> file, from the files' headers; they must hold what the index says, where there is one."""
+    if not (folder / INDEX).exists():
+        return dict.fromkeys(tensor_names(folder / SINGLE), folder / SINGLE)
+    listed = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(listed, dict) or not all(Path(str(file)).name == file for file in listed.values()):
+        raise UserError(f"{folder / INDEX} is damaged; needed: weight_map, tensor names -> file names")
+    found = {(name, file) for file in sorted(set(listed.values())) for name in tensor_names(folder / file)}
+    if differing := sorted(found ^ set(listed.items())):
+        name, file = differing[0]
+        raise UserError(f"{folder / INDEX} does not describe its files: {name} in {file} is in one of the two only")
+    return {name: folder / file for name, file in listed.items()}
+
+
+def tensor_names(file: Path) -> list[str]:
+    """The names in a safetensors file's header."""
+    with opened(file) as content:
+        return list(content.keys())
+
+
+def opened(file: Path) -> Any:
+    """A safetensors file to read; UserError where it is missing or cut off."""
+    try:
+        return safe_open(file, "pt")
+    except (SafetensorError, OSError) as error:
+        line = f"{file} is missing or damaged ({one_line(error)}); needed: safetensors, fetched completely"
+        raise UserError(line) from error
+
+
+def check_tensors(checkpoint: Checkpoint) -> None:
+    """Raise UserError for missing, surplus and misshaped tensors, before any is read."""
+    network = checkpoint.empty()
+    network.tie_weights()
+    needed = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
+    where, kind = checkpoint.folder, type(network).__name__
+    if missing := sorted(needed.keys() - checkpoint.tensors.keys()):
+        raise UserError(f"{where} lacks {len(missing)} tensors of a {kind}: {', '.join(missing[:3])}")
+    if surplus := sorted(checkpoint.tensors.keys() - needed.keys()):
+        raise UserError(f"{where} holds {len(surplus)} tensors that a {kind} has not: {', '.join(surplus[:3])}")
+    for name, (file, stored) in checkpoint.tensors.items():
+        with opened(file) as content:
+            part = content.get_slice(stored)
+        if tuple(part.get_shape()) != needed[name] or not part.get_dtype().startswith(("F", "BF")):
+            given = f"{part.get_dtype()} {part.get_shape()}"
+            raise UserError(f"{file}: {stored} is {given}; its config.json needs floating point {list(needed[name])}")

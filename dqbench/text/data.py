@@ -1,0 +1,90 @@
+"""What a language model is asked, calibrated and scored with: the miniature's tasks, or a user's text file."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dqbench.config import Model, digest
+from dqbench.errors import UserError, check_choice
+from dqbench.models import read_prompts
+from dqbench.text import tasks
+
+TASKS = "text_tasks"  # model.data of the miniature
+HELD_OUT = 0.1  # last part of a text file
+SOURCES = ("english", "tasks", *tasks.TASKS)
+
+
+@cache
+def questions(task: str, count: int) -> tuple[list[str], list[str]]:
+    """`count` held-out questions of a task and their answers, the same in every run."""
+    return tasks.rows(task, "held_out", count, 0)
+
+
+def task_of(index: int) -> tuple[str, int]:
+    """Sample `index` asks the n-th question of a task: tasks take turns."""
+    n, task = divmod(index, len(tasks.TASKS))
+    return list(tasks.TASKS)[task], n
+
+
+def ask(model: Model, indices: Sequence[int], total: int) -> list[str]:
+    """The prompts of samples `indices` of `total`."""
+    if model.data != TASKS:
+        lines = read_prompts(model)
+        return [lines[i % len(lines)] for i in indices]
+    per_task = -(-total // len(tasks.TASKS))
+    return [questions(task, per_task)[0][n] for task, n in map(task_of, indices)]
+
+
+def answers(total: int) -> list[tuple[str, str]]:
+    """(task, right answer) of every sample."""
+    per_task = -(-total // len(tasks.TASKS))
+    return [(task, questions(task, per_task)[1][n]) for task, n in map(task_of, range(total))]
+
+
+def check_data(model: Model) -> None:
+    """Raise UserError where there is nothing to ask the model."""
+    if model.data != TASKS and not read_prompts(model):
+        raise UserError(f"model={model.name} has nothing to be asked; give model.prompts=FILE, one prompt per line")
+
+
+def content_hash(data: str | None) -> str | None:
+    """Of the texts and questions themselves; of the miniature's, which change with the package, a part."""
+    if data == TASKS:
+        return digest([TASKS, answers(64), tasks.english("train")[:4096].tolist()])
+    return None if data is None else hashlib.sha256(Path(data).expanduser().read_bytes()).hexdigest()[:12]
+
+
+def token_rows(
+    model: Model, tokenizer: Any, source: str, split: str, count: int, length: int | None = None, seed: int = 0
+) -> Tensor:
+    """`count` rows of one length [count, L] of the model's data; split: train or held_out.
+
+    The miniature's by `source`; of a text file consecutive pieces of `length` tokens, its last tenth held out.
+    """
+    if model.data == TASKS:
+        check_choice("rows", source, SOURCES)
+        return tasks.token_rows(source, split, count, seed)
+    return file_rows(model, tokenizer, split, count, length)
+
+
+def file_rows(model: Model, tokenizer: Any, split: str, count: int, length: int | None) -> Tensor:
+    """`count` rows [count, length] of model.data, a text file."""
+    file = None if model.data is None else Path(model.data).expanduser()
+    if file is None or not file.is_file():
+        raise UserError(f"model.data={model.data} is no text file; give one to calibrate and to measure with")
+    if length is None:
+        raise UserError(f"rows of model.data={model.data} need calib.mask.length and metrics.likelihood.length")
+    ids = torch.tensor(tokenizer(file.read_text()).input_ids)
+    rows = ids[: len(ids) // length * length].view(-1, length)
+    first = round(len(rows) * (1 - HELD_OUT))
+    rows = rows[:first] if split == "train" else rows[first:]
+    if len(rows) < count:
+        raise UserError(f"model.data={model.data} has {len(rows)} {split} rows of {length} tokens; {count} are needed")
+    return rows[:count]

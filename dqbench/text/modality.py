@@ -1,0 +1,137 @@
+"""Language models: samples are token ids, and quantization shows in what is predicted for masked tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+
+from dqbench.config import Model
+from dqbench.diagnostics import curves
+from dqbench.metrics.base import Metric, mean_interval
+from dqbench.metrics.guards import DegenerateSamples
+from dqbench.models import denoiser
+from dqbench.sampling import generators, padded_length, sample_seed
+from dqbench.shards import Shards, save_array
+from dqbench.text.agreement import agreement
+from dqbench.text.data import ask, check_data, content_hash, token_rows
+from dqbench.text.likelihood import bin_masks
+from dqbench.text.mcs import mask_rows
+
+if TYPE_CHECKING:
+    from dqbench.record import Stages
+    from dqbench.run import Cell, Quantized
+    from dqbench.stages import Artifact
+
+PROBES, BINS, DRAWS = 64, 5, 2  # held-out rows, ranges of the masked fraction, masks of a row in each
+SHOWN = 12  # samples in the picture
+
+
+def check_model(model: Model) -> None:
+    """Raise UserError where there is nothing to ask the model."""
+    check_data(model)
+
+
+def sample(cell: Cell, pipe: DiffusionPipeline, rows: range) -> dict[str, np.ndarray]:
+    """Generated token ids, int32 [B, G]; a short batch is filled up, so that it rounds as all do."""
+    filled = [*rows, *[rows[-1]] * (padded_length(len(rows), cell.sampler) - len(rows))]
+    made = pipe(
+        ask(cell.model, filled, cell.sampler.num_samples),
+        generator=generators([sample_seed(cell.seed, i) for i in filled]),
+        num_inference_steps=cell.sampler.steps,
+        guidance_scale=cell.sampler.guidance,
+        output_type="np",
+    )
+    return {"sample": made.generated[: len(rows)].astype(np.int32)}
+
+
+def check_samples(samples: np.ndarray) -> None:
+    """Fail on token ids [N, G] that are all one token."""
+    if (samples == samples.flat[0]).all():
+        raise DegenerateSamples(f"every token of the {len(samples)} samples is token {samples.flat[0]}")
+
+
+def calibrate(cell: Cell) -> Artifact:
+    """Masked rows of the model's training data: input_ids [N, L]; step: the masked share in sixteenths, N the least."""
+    mask, count = cell.calib.mask, cell.calib.samples
+
+    def produce(folder: Path) -> None:
+        tokenizer, network = cell.pipe.tokenizer, denoiser(cell.pipe)
+        ids = token_rows(cell.model, tokenizer, mask.rows, "train", count, mask.length, cell.seed)
+        rows = mask_rows(ids, mask.mode, mask.gamma, mask.times, network.config.mask_token_id, cell.seed)
+        save_array(folder / "input_ids.npy", rows.ids.numpy())
+        save_array(folder / "step.npy", positions(rows.ratio.numpy()))
+
+    depends = {**cell.origin, "calib": cell.picked, "data": content_hash(cell.model.data)}
+    return cell.store.get("calibration", depends, produce)
+
+
+def positions(ratio: np.ndarray) -> np.ndarray:
+    """[N]: 0 for the rows that a sampler would meet first, with most masks, up to the last distinct ratio."""
+    return np.unique(-ratio, return_inverse=True)[1]
+
+
+def network_error(cell: Cell, quantized: Quantized) -> Artifact:
+    """Agreement with full precision and KL on masked held-out rows, by the share that is masked: [rows, bins] each."""
+
+    def produce(folder: Path) -> None:
+        mask, teacher = cell.calib.mask, denoiser(cell.pipe)
+        ids = token_rows(cell.model, cell.pipe.tokenizer, mask.rows, "held_out", PROBES, mask.length)
+        masks = bin_masks(torch.ones_like(ids, dtype=torch.bool), BINS, DRAWS, 0)
+        found = agreement(teacher, denoiser(cell.load(quantized)), ids, masks, BINS)
+        save_array(folder / "agreement.npy", found.same.numpy())
+        save_array(folder / "kl.npy", found.kl.numpy())
+
+    depends = {
+        **cell.origin,
+        "quantized": quantized.denoiser.key,
+        "calib": cell.picked,
+        "data": content_hash(cell.model.data),
+    }
+    return cell.store.get("agreement", depends, produce)
+
+
+def compare(samples: np.ndarray, reference: np.ndarray, error: Artifact) -> dict[str, Metric]:
+    """Share of generated tokens that are full precision's; agreement and KL of the predictions for masked tokens."""
+    same = (samples == reference).mean(axis=1)
+    probes = {name: np.nanmean(np.load(error.folder / f"{name}.npy"), axis=1) for name in ("agreement", "kl")}
+    interval = "mean and t interval over rows"
+    masked = f"masked tokens of held-out rows, {BINS} equal ranges of the masked share; {interval}"
+    return {
+        "same_tokens": mean_of(same, "tokens", f"generated tokens equal to full precision's; {interval}", True),
+        "agreement": mean_of(probes["agreement"], "logits", f"most probable token is full precision's; {masked}", True),
+        "kl": mean_of(probes["kl"], "logits", f"KL(full precision || quantized), nats; {masked}", False),
+    }
+
+
+def mean_of(values: np.ndarray, extractor: str, protocol: str, higher_is_better: bool) -> Metric:
+    """The mean over rows with its interval."""
+    mean, half = mean_interval(values)
+    return Metric(mean, mean - half, mean + half, len(values), extractor, protocol, higher_is_better)
+
+
+def error_curves(error: Artifact) -> dict[str, Any]:
+    """Agreement and KL over the masked share, mostly masked first, as a sampler goes."""
+    middle = [(bin_ + 0.5) / BINS for bin_ in reversed(range(BINS))]
+    groups = {}
+    for title, name in (("KL to full precision", "kl"), ("agreement with full precision", "agreement")):
+        columns = np.load(error.folder / f"{name}.npy").T[::-1]
+        points = [mean_interval(column[~np.isnan(column)]) for column in columns]
+        means, halves = zip(*points, strict=True)
+        groups[title] = curves(middle, {title: means}, {title: halves}, x_label="masked share")
+    return groups
+
+
+def picture(cell: Cell, stages: Stages, folder: Path) -> None:
+    """samples.txt: prompt, full precision's answer, the quantized one."""
+    parts = [stages.reference, *([stages.samples] if stages.error else [])]
+    ids = [np.asarray(Shards(part.folder, "sample").read()[:SHOWN]).tolist() for part in parts]
+    decoded = [cell.pipe.tokenizer.batch_decode([cell.pipe.until_end(row) for row in rows]) for rows in ids]
+    prompts = ask(cell.model, range(len(ids[0])), cell.sampler.num_samples)
+    lines = ["\t".join(["prompt", "fp32", "quantized"][: 1 + len(parts)])]
+    lines += ["\t".join(map(repr, line)) for line in zip(prompts, *decoded, strict=True)]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "samples.txt").write_text("\n".join(lines) + "\n")

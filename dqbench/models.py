@@ -26,7 +26,8 @@ from dqbench.stages import sha256
 disable_progress_bar()  # of loading components; the stages have their own
 
 ZOO = Path(__file__).parent / "zoo"
-UNIT_CLASSES = ("ResnetBlock2D", "Attention")  # and every kind of transformer block
+UNIT_CLASSES = ("ResnetBlock2D", "Attention")
+BLOCKS = ("TransformerBlock", "DecoderLayer")  # what the classes of all transformer blocks end in
 
 
 class UnconditionalPipeline(DiffusionPipeline):
@@ -82,8 +83,10 @@ def resolve(model: Model) -> str:
         return str(folder)
     looks_local = model.path.startswith((".", "/", "~")) or os.sep != "/" and os.sep in model.path
     folder = Path(model.path).expanduser()
-    if folder.is_dir() and not (folder / "model_index.json").exists():
-        raise UserError(f"model.path={model.path} is no diffusers pipeline; {folder / 'model_index.json'} is missing")
+    known_by = {"model_index.json", getattr(locate(model.pipeline), "index", "model_index.json")}
+    if folder.is_dir() and not any((folder / name).exists() for name in known_by):
+        missing = folder / min(known_by)
+        raise UserError(f"model.path={model.path} holds no model that {model.pipeline} reads; {missing} is missing")
     if looks_local and not folder.is_dir():
         raise UserError(f"model.path={model.path}: no such folder; give a diffusers folder or a hub id")
     return str(folder) if folder.is_dir() else model.path
@@ -167,7 +170,7 @@ def anatomy(pipe: DiffusionPipeline) -> Model:
     """The family's patterns; for a pipeline made in memory, those of diffusers' usual names."""
     if (model := getattr(pipe, "anatomy", None)) is not None:
         return model
-    name = next(name for name in ("unet", "transformer") if getattr(pipe, name, None) is not None)
+    name = next(name for name in ("unet", "transformer", "model") if getattr(pipe, name, None) is not None)
     kind = type(pipe)
     return Model(
         name=kind.__name__, path="", version=0, pipeline=f"{kind.__module__}.{kind.__qualname__}", denoiser=name,
@@ -180,7 +183,7 @@ def anatomy(pipe: DiffusionPipeline) -> Model:
 def default_units(network: nn.Module) -> list[str]:
     """Reconstruction units by class: residual blocks, transformer blocks, attentions outside of them."""
     kinds = {name: type(module).__name__ for name, module in network.named_modules()}
-    return [name for name, kind in kinds.items() if kind in UNIT_CLASSES or kind.endswith("TransformerBlock")]
+    return [name for name, kind in kinds.items() if kind in UNIT_CLASSES or kind.endswith(BLOCKS)]
 
 
 def denoiser(pipe: DiffusionPipeline) -> nn.Module:
@@ -201,16 +204,24 @@ def clone(pipe: DiffusionPipeline) -> DiffusionPipeline:
 def architecture(model: Model) -> dict[str, Any]:
     """The denoiser's config with `_class_name`: from the checkpoint's folder, else from the model's YAML."""
     try:
-        file = Path(resolve(model)) / model.denoiser / "config.json"
+        folder = Path(resolve(model))
     except UserError:
         if not model.architecture:
             raise
         return dict(model.architecture)
+    if is_released(folder, model):
+        return locate(model.pipeline).architecture(folder)
+    file = folder / model.denoiser / "config.json"
     if file.exists():
         return json.loads(file.read_text())
     if not model.architecture:
         raise UserError(f"model {model.name}: neither model.architecture nor {file} is there")
     return dict(model.architecture)
+
+
+def is_released(folder: Path, model: Model) -> bool:
+    """Whether a folder holds a model as its authors released it, not a diffusers pipeline."""
+    return hasattr(locate(model.pipeline), "index") and folder.is_dir() and not (folder / "model_index.json").exists()
 
 
 def input_shapes(model: Model, config: Mapping[str, Any]) -> dict[str, list[int]]:

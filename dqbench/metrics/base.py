@@ -44,10 +44,16 @@ class Metric:
 
 
 def difference(metric: Metric, reference: Metric) -> dict[str, float]:
-    """metric - reference with its 95 % interval by the paired bootstrap: both sets redraw the same seeds."""
+    """metric - reference with its 95 % interval by the paired bootstrap: both sets redraw the same seeds.
+
+    Without resamples, as of an external harness, the two intervals are taken as independent, which is wider.
+    """
     delta = metric.value - reference.value
-    deltas = np.subtract(metric.resamples, reference.resamples)
-    half = float(t_95(len(deltas)) * deltas.std(ddof=1))
+    if metric.resamples:
+        deltas = np.subtract(metric.resamples, reference.resamples)
+        half = float(t_95(len(deltas)) * deltas.std(ddof=1))
+    else:
+        half = float(np.hypot(metric.high - metric.low, reference.high - reference.low)) / 2
     return {"value": delta, "low": delta - half, "high": delta + half}
 
 

@@ -38,6 +38,8 @@ LLADA2 = "llada2"  # model types that begin so belong to diffusers' LLaDA2Pipeli
 class CheckpointPipeline(MaskedDiffusionPipeline):
     """Loads what load_language_model() reads where a pipeline's class is named; a pipeline's own folder as well."""
 
+    index = "config.json"  # the file that a released model's folder is known by
+
     @classmethod
     def from_pretrained(
         cls,
@@ -52,6 +54,12 @@ class CheckpointPipeline(MaskedDiffusionPipeline):
         if (folder / "model_index.json").exists():
             return MaskedDiffusionPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True, **parts)
         return load_language_model(folder, dtype, trust_remote_code)
+
+    @staticmethod
+    def architecture(folder: Path) -> dict[str, Any]:
+        """The native network's config with `_class_name`; names and shapes of all tensors are checked by headers."""
+        checkpoint = open_layers(folder)
+        return {**checkpoint.config.to_dict(), "_class_name": checkpoint.family.network.__name__}
 
     @classmethod
     def download(cls, path: str, local_files_only: bool = False) -> str:

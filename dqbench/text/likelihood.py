@@ -90,7 +90,7 @@ def batches(
 ) -> Iterator[MaskedBatch]:
     """All draws of all rows that mask anything, `batch_size` at a time, on the network's device."""
     draws, device = masks.weight.shape[1], next(network.parameters()).device
-    masked = masks.masked.flatten(0, 1)
+    input_ids, masked = input_ids.cpu(), masks.masked.flatten(0, 1)
     for chosen in masked.any(1).nonzero()[:, 0].split(batch_size):
         rows, hidden = input_ids[chosen // draws], masked[chosen]
         noisy = rows.masked_fill(hidden, network.config.mask_token_id)

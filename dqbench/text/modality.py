@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from dqbench.run import Cell, Quantized
     from dqbench.stages import Artifact
 
-PROBES, BINS, DRAWS = 64, 5, 2  # held-out rows, ranges of the masked fraction, masks of a row in each
+PROBES, BINS, DRAWS = 64, 5, 2  # held-out rows at most, ranges of the masked fraction, masks of a row in each
 SHOWN = 12  # samples in the picture
 
 
@@ -79,7 +79,8 @@ def network_error(cell: Cell, quantized: Quantized) -> Artifact:
 
     def produce(folder: Path) -> None:
         mask, teacher = cell.calib.mask, denoiser(cell.pipe)
-        ids = token_rows(cell.model, cell.pipe.tokenizer, mask.rows, "held_out", PROBES, mask.length)
+        count = min(PROBES, cell.calib.samples)
+        ids = token_rows(cell.model, cell.pipe.tokenizer, mask.rows, "held_out", count, mask.length)
         masks = bin_masks(torch.ones_like(ids, dtype=torch.bool), BINS, DRAWS, 0)
         found = agreement(teacher, denoiser(cell.load(quantized)), ids, masks, BINS)
         save_array(folder / "agreement.npy", found.same.numpy())

@@ -64,7 +64,7 @@ class MaskedDiffusionPipeline(DiffusionPipeline):
     ) -> MaskedDiffusionOutput:
         """Complete texts or token ids [[...], ...] by scheduler.config.gen_length tokens each.
 
-        guidance_scale: w of un + (w + 1) (l - un), un without the prompt (LLaDA, Eq. 16); 0 is no guidance.
+        guidance_scale: w of un + (w + 1) (l - un), un without the prompt, as in LLaDA's release; 0 is none.
         output_type: "text", or token ids alone as "pt" or "np".
         """
         check_choice("output_type", output_type, ("text", "pt", "np"))

@@ -30,7 +30,7 @@ class MaskedDiffusionSchedulerOutput(BaseOutput):
 
 
 class LLaDAScheduler(SchedulerMixin, ConfigMixin):
-    """LLaDA's sampler (Nie et al. 2025, arXiv:2502.09992, section 2.4 and Appendix A.3), block by block.
+    """LLaDA's sampler (Nie et al. 2025, arXiv:2502.09992, and its release's generate), block by block.
 
     remasking: low_confidence (the surest tokens are kept) or random. block_length: None for gen_length, one block,
     which is pure diffusion. logits_eos_inf: the end of text is never filled in. confidence_eos_eot_inf: end of text and

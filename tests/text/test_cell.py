@@ -21,6 +21,7 @@ from dqbench.text.networks import BidirectionalLlama
 from dqbench.text.pipeline import MaskedDiffusionPipeline
 from dqbench.text.schedulers import LLaDAScheduler
 from dqbench.text.tokenizer import character_tokenizer
+from tests.text.test_checkpoints import write
 
 FEW = ["sampler.num_samples=8", "sampler.batch_size=8", "sampler.steps=4", "calib.samples=8", "calib.batch_size=4"]
 FEW += ["metrics.likelihood.count=4", "metrics.likelihood.draws=2", "metrics.bootstrap=2", "tracking=none", "seed=0"]
@@ -146,3 +147,33 @@ def test_texts_of_a_file_are_cut_and_its_end_is_held_out(overrides, tmp_path):
     assert tokenizer.decode(held_out[0]) == "".join(chr(97 + i % 26) for i in range(180, 184))
     with pytest.raises(UserError, match="has 5 held_out rows of 4 tokens; 6 are needed"):
         token_rows(preset, tokenizer, "text", "held_out", 6, 4)
+
+
+def test_a_released_checkpoint_is_quantized_where_it_lies(tmp_path):
+    folder, file, prompts = tmp_path / "llada", tmp_path / "text.txt", tmp_path / "prompts.txt"
+    tokenizer = character_tokenizer()
+    folder.mkdir()
+    write(folder, "llada", mask_token_id=tokenizer.mask_token_id, eos_token_id=1, pad_token_id=0)
+    tokenizer.save_pretrained(folder)
+    file.write_text("the quick brown fox jumps over the lazy dog. " * 40)
+    prompts.write_text("a quick\na lazy\n")
+    overrides = [f"model.path={folder}", f"model.data={file}", f"model.prompts={prompts}", "model.dtype=float32"]
+    overrides += ["sampler.steps=4", "sampler.kwargs.gen_length=8", "sampler.kwargs.block_length=8", "calib.samples=4"]
+    overrides += [
+        "sampler.num_samples=4",
+        "calib.mask.length=12",
+        "metrics=text",
+        "metrics.tasks=false",
+        "tracking=none",
+    ]
+    overrides += [
+        "metrics.likelihood={rows: text, count: 4, draws: 2, masks: count, length: 12}",
+        "metrics.bootstrap=2",
+    ]
+    row = dqbench.run(
+        ["model=llada_8b_base", "method=rtn", "bits=w4a8", f"paths.results={tmp_path / 'res'}", *overrides]
+    )
+    assert set(row.metrics) == {"nll_bits"} and row.paired["kl"]["n"] > 1
+    (folder / "config.json").unlink()
+    with pytest.raises(UserError, match="config.json is missing"):
+        Cell(compose(["model=llada_8b_base", "method=rtn", *overrides]))

@@ -1,0 +1,76 @@
+"""lm-evaluation-harness as metrics: the papers' protocol for real checkpoints. Needs `pip install 'dqbench[eval]'`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from diffusers import DiffusionPipeline
+
+from dqbench.config import Model
+from dqbench.errors import UserError
+from dqbench.metrics.base import Metric
+from dqbench.text.lm_eval import Protocol, evaluate, harness
+
+Z_95 = 1.96  # of the harness's own standard errors
+LOWER = ("perplexity", "bits_per_byte", "word_perplexity", "byte_perplexity")  # of its measures, where less is better
+
+
+@dataclass
+class HarnessMetrics:
+    version: int
+    tasks: dict[str, int]  # task -> examples shown before each question
+    limit: int | None  # questions of each task; None: all
+    protocol: Protocol
+
+    modalities = ("text",)
+
+    def check(self, reference: str | None, num_samples: int) -> None:
+        """Raise UserError where the harness is missing, or nothing is asked of it."""
+        harness()
+        if not self.tasks:
+            raise UserError(
+                "metrics.tasks is empty; allowed: tasks of lm-evaluation-harness with their few-shot number"
+            )
+
+    def score(
+        self, samples: np.ndarray, reference: str | None, cache_dir: Path, *, device: str = "cpu"
+    ) -> dict[str, Metric]:
+        """Nothing: the harness asks its own questions."""
+        return {}
+
+    def score_network(self, pipe: DiffusionPipeline, model: Model) -> dict[str, Metric]:
+        """Every measure of every task: TASK_MEASURE."""
+        found = {}
+        for task, shots in self.tasks.items():
+            results = evaluate(pipe, self.protocol, [task], num_fewshot=shots, limit=self.limit)
+            for name, own in results["results"].items():
+                found |= measures(name, own, results["n-samples"][name]["effective"], shots)
+        return found
+
+    def reference_hash(self, reference: str | None, cache_dir: Path, *, device: str = "cpu") -> None:
+        """The harness names the versions of its tasks itself."""
+        return None
+
+    def weights_hash(self) -> None:
+        """No extractor looks at the samples."""
+        return None
+
+
+def measures(task: str, results: Mapping[str, Any], count: int, shots: int) -> dict[str, Metric]:
+    """The harness's measures "acc,none" of one task that have a standard error, "acc_stderr,none"."""
+    found = {}
+    for key, value in results.items():
+        name, _, kind = key.partition(",")
+        error = results.get(f"{name}_stderr,{kind}")
+        if not isinstance(error, float):  # not a measure, or one without an interval
+            continue
+        half = Z_95 * error
+        protocol = f"lm-evaluation-harness, {shots}-shot, {kind}; normal interval"
+        found[f"{task}_{name}"] = Metric(
+            value, value - half, value + half, count, "lm_eval", protocol, name not in LOWER
+        )
+    return found

@@ -19,6 +19,7 @@ from dqbench.progress import track
 from dqbench.sampling import generators, to_uint8
 from dqbench.zoo.classifier import DigitsClassifier
 from dqbench.zoo.data import digits, digits_uint8, split
+from dqbench.zoo.text_card import text_card
 
 ZOO = Path(__file__).parent
 BATCH = 250
@@ -138,14 +139,18 @@ def classifier_card(folder: Path, count: int) -> str:
     return CLASSIFIER_CARD.format(**training, **config, train=len(digits()[1]) - training["held_out"])
 
 
-CARDS: dict[str, Callable[[Path, int], str]] = {"digits_ddpm": ddpm_card, "digits_classifier": classifier_card}
+CARDS: dict[str, Callable[[Path, int], str]] = {
+    "digits_ddpm": ddpm_card,
+    "digits_classifier": classifier_card,
+    "text_mdlm": text_card,
+}
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m dqbench.zoo.card", description=__doc__)
     parser.add_argument("name", choices=CARDS)
     parser.add_argument("--folder", type=Path, help="what to measure (default: the one shipped with the package)")
-    parser.add_argument("--samples", type=int, default=2000)
+    parser.add_argument("--samples", type=int, default=2000, help="images, or questions of each task")
     args = parser.parse_args(argv)
     folder = args.folder or ZOO / args.name
     card = CARDS[args.name](folder, args.samples)

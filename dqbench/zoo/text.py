@@ -37,11 +37,13 @@ MASK_SEED = 0
 class TextDiffusion:
     network: dict[str, Any]  # arguments of transformers.LlamaConfig; those of the vocabulary come from the tokenizer
     scheduler: dict[str, Any]  # arguments of LLaDAScheduler
+    compile: bool  # by torch.compile, which needs a C++ compiler
     autocast: str  # dtype of the matrix products in training
     min_probability: float  # eps of LLaDA's masking probability
     mix: dict[str, float]  # share of the rows of a batch
     pool: dict[str, int]  # different training questions of each task
-    evaluated: dict[str, int]  # held-out questions of each task, and draws of masks per row of held-out English
+    evaluated: dict[str, int]  # held-out questions of each task
+    mask_draws: int  # per row of held-out English
 
     def __post_init__(self) -> None:
         self.tokenizer = character_tokenizer()
@@ -54,7 +56,10 @@ class TextDiffusion:
     def model(self) -> BidirectionalLlama:
         ids = {f"{name}_token_id": getattr(self.tokenizer, f"{name}_token_id") for name in ("pad", "eos", "mask")}
         config = LlamaConfig(**self.network, **ids, bos_token_id=None, vocab_size=len(self.tokenizer))
-        return BidirectionalLlama(config)
+        network = BidirectionalLlama(config)
+        if self.compile:
+            network.compile(dynamic=False)
+        return network
 
     def loss(self, model: nn.Module, batch_size: int, generator: Generator) -> Tensor:
         """LLaDA's loss on a batch of questions, where prompts are never masked, plus that on a batch of English."""
@@ -83,12 +88,9 @@ class TextDiffusion:
     def evaluate(self, model: BidirectionalLlama) -> dict[str, float]:
         """Of the weights as they are shipped, on what was held out: exact match per task, bits per character."""
         pipe = self.pipeline(shipped(model).float())
-        tasks = {task: count for task, count in self.evaluated.items() if task != "english"}
-        exact = {f"exact_{task}": solve(pipe, task, "held_out", count) for task, count in tasks.items()}
-        bits = english_bits(pipe.model, "held_out", self.evaluated["english"])
-        return {key: right.double().mean().item() for key, right in exact.items()} | {
-            "bits_per_character": bits.mean().item()
-        }
+        exact = {f"exact_{task}": solve(pipe, task, "held_out", count) for task, count in self.evaluated.items()}
+        bits = english_bits(pipe.model, "held_out", self.mask_draws)
+        return {key: values.double().mean().item() for key, values in (exact | {"bits_per_character": bits}).items()}
 
     def pipeline(self, network: BidirectionalLlama) -> MaskedDiffusionPipeline:
         return MaskedDiffusionPipeline(network, LLaDAScheduler(**self.scheduler), self.tokenizer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import platform
 import sys
 import time
 from dataclasses import dataclass
@@ -145,6 +146,7 @@ def train(settings: Settings, folder: Path, device: str) -> dict[str, Any]:
         "device": device,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "python": platform.python_version(),
     }
     (folder / "training.json").write_text(json.dumps(report, indent=2) + "\n")
     checkpoint.unlink()
@@ -153,7 +155,7 @@ def train(settings: Settings, folder: Path, device: str) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m dqbench.zoo.train", description=__doc__)
-    parser.add_argument("name", help="digits_ddpm or digits_classifier")
+    parser.add_argument("name", help="digits_ddpm, digits_classifier or text_mdlm")
     parser.add_argument("--out", type=Path, help="folder to write (default: the one shipped with the package)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)

@@ -42,6 +42,12 @@ LATER = (
     "Not in this bill, because it is known only after quantization: activation bits that vary over the steps, "
     "parameters per step, cached features. The row of a run has them."
 )
+BOUND = (
+    "A bound, not a size: residuals are billed at their codes and the entropy of their places, less than any format "
+    "stores where threshold.rule=quantile and stage 1 is dense (other rules: the share that survives of a flat "
+    "residual; calib: threshold.value). What dynamic activations make for each sample is left out. The row of a run "
+    "has what is stored."
+)
 
 
 @dataclass(frozen=True)
@@ -226,8 +232,16 @@ def report(cfg: DictConfig) -> dict[str, Any]:
         "model": model.name,
         "bits": asdict(bits),
         "total": asdict(cost(found, plan, bits)),
+        "notes": notes(cfg),
         "layers": [entry(layer, plan, bits) for layer in found],
     }
+
+
+def notes(cfg: DictConfig) -> list[str]:
+    """What the bill of a composed config leaves out, or only bounds, because it is known after quantization only."""
+    base = cfg.method.get("base") or cfg.method
+    later = [LATER] if {"mixed", "fsc"} & set(cfg.method) else []
+    return later + ([BOUND] if "threshold" in base.get("weight", {}) else [])
 
 
 def entry(layer: LayerCost, plan: Plan, bits: Bits) -> dict[str, Any]:
@@ -261,8 +275,8 @@ def main(argv: list[str]) -> None:
     console.print(total_table(f"{bill['model']}, {cfg.method.get('_target_', '')}", total))
     console.print(f"{total['params'] / 1e6:.3f} M parameters, {total['macs'] / 1e9:.3f} GMAC conv and linear")
     console.print(total["convention"])
-    if {"mixed", "fsc"} & set(cfg.method):
-        console.print(LATER)
+    for note in bill["notes"]:
+        console.print(note)
     if path:
         atomic_write(path, json.dumps(bill, indent=1) + "\n")
 

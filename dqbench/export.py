@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from dqbench.config import Config, command, compose, plain, split_json
+from dqbench.config import ADDED, Config, command, compose, plain, split_json
 from dqbench.errors import UserError, check_choice
-from dqbench.load import DESCRIPTION, FORMAT, PACKED, REST, VERSION, held, lines, read_manifest
+from dqbench.load import PACKED, held, lines, read_manifest
 from dqbench.results import Row, atomic_write, rows, select
 
 if TYPE_CHECKING:
@@ -43,9 +43,7 @@ def save_packed(
     origin: JSON-able, where it comes from; billed: bytes of the denoiser by its bill. The folder appears when complete.
     """
     from dqbench.models import anatomy, denoiser
-    from dqbench.quant.checkpoint import describe
-    from dqbench.quant.compact import pack_state
-    from dqbench.quant.storage import save_storages, storages
+    from dqbench.quant.storage import storages
     from dqbench.torchao_layout import save_torchao
 
     network, model, folder = denoiser(pipe), anatomy(pipe), Path(folder)
@@ -54,15 +52,14 @@ def save_packed(
         raise UserError("there is nothing to pack: no weight of the denoiser is quantized")
     with appearing(folder) as part:
         save_components(pipe, model.denoiser, part)
-        save_storages(network, part / model.denoiser / PACKED)
-        save_rest(*pack_state(network), part / model.denoiser / REST)
+        file = part / model.denoiser / PACKED
+        tensor_bytes = save_network(network, asdict(model), file)
         if layout == "torchao":
             save_torchao(network, part / model.denoiser / "torchao.safetensors")
-        description = {**describe(network), "diagnostics": {}, "model": asdict(model)}
-        (part / DESCRIPTION).write_text(json.dumps(description, indent=1))
         sampler = getattr(pipe, "sampler", None)
         content = {"origin": dict(origin or {}), "sampler": sampler and asdict(sampler), "denoiser": model.denoiser}
-        write_manifest(part, content | {"sizes": {**sizes(network, part / model.denoiser), "billed_bytes": billed}})
+        found = sizes(network, file, tensor_bytes)
+        write_manifest(part, content | {"sizes": found | {"billed_bytes": billed}})
     return read_manifest(folder)
 
 
@@ -93,21 +90,38 @@ def save_components(pipe: DiffusionPipeline, denoiser: str, folder: Path) -> Non
     """All of a diffusers folder but the denoiser's weights: VAE, text encoder, tokenizer and scheduler are copied."""
     pipe.save_config(folder)
     for name, component in pipe.components.items():
-        if name == denoiser:
+        if name == denoiser and hasattr(component, "save_config"):
             component.save_config(folder / name)
+        elif name == denoiser:  # of transformers
+            component.config.save_pretrained(folder / name)
         elif component is not None:
             component.save_pretrained(folder / name)
 
 
-def save_rest(tensors: dict[str, Any], metadata: dict[str, str], file: Path) -> None:
-    """What of the denoiser is not packed."""
-    from safetensors.torch import save_file
+def save_network(network: nn.Module, model: Mapping[str, Any], file: Path) -> int:
+    """Everything of the denoiser but its architecture, in one file: load.rebuild() reads it. model: its anatomy.
 
-    save_file(tensors, file, {"format": FORMAT, "version": str(VERSION), **metadata})
+    Returns the bytes of its tensors. Raises UserError where a weight is no longer what its storage holds.
+    """
+    from dqbench.quant import container
+    from dqbench.quant.checkpoint import describe
+    from dqbench.quant.compact import pack_state
+    from dqbench.quant.packing import without_seal
+    from dqbench.quant.storage import recast, storages
+
+    tensors, headers = {}, {}
+    for name, storage in storages(network).items():
+        own = recast(storage, network.get_submodule(name).weight, name)
+        headers[name] = without_seal(own.content)
+        tensors |= {f"{name}:{key}": value for key, value in own.tensors.items()}
+    rest, state = pack_state(network)
+    description = {**describe(network), "diagnostics": {}, "model": model}
+    return container.write(file, tensors | rest, {"layers": headers, "state": state, "quantization": description})
 
 
 def write_manifest(folder: Path, content: dict[str, Any]) -> None:
     """Format, version, content and the checksums of all files, sealed."""
+    from dqbench.quant.container import FORMAT, VERSION
     from dqbench.quant.packing import seal
     from dqbench.stages import MANIFEST, checksums
 
@@ -115,32 +129,27 @@ def write_manifest(folder: Path, content: dict[str, Any]) -> None:
     (folder / MANIFEST).write_text(json.dumps(seal({}, manifest), indent=1))
 
 
-def sizes(network: nn.Module, folder: Path) -> dict[str, Any]:
-    """Bytes of packed weights and of the whole denoiser: in 32 bits, of the stored tensors, and of the files.
+def sizes(network: nn.Module, file: Path, tensor_bytes: int) -> dict[str, Any]:
+    """Bytes of packed weights and of the whole denoiser: in 32 bits, of the stored tensors, and of the file.
 
     unpacked: planned weights that no storage holds, in full precision therefore.
     """
-    from dqbench.quant.storage import storages
+    from dqbench.quant.storage import storages, stored_bits
 
     packed, plan = storages(network), getattr(network, "plan", {})
-    files = {name: (folder / name).stat().st_size for name in (PACKED, REST)}
-    tensors = {name: size - header_bytes(folder / name) for name, size in files.items()}
     weights = sum(network.get_submodule(name).weight.numel() for name in packed)
     return {
-        "packed": {"fp32_bytes": 4 * weights, "tensor_bytes": tensors[PACKED], "file_bytes": files[PACKED]},
+        "packed": {
+            "fp32_bytes": 4 * weights,
+            "tensor_bytes": sum(stored_bits(storage) for storage in packed.values()) // 8,
+        },
         "denoiser": {
             "fp32_bytes": 4 * sum(parameter.numel() for parameter in network.parameters()),
-            "tensor_bytes": sum(tensors.values()),
-            "file_bytes": sum(files.values()),
+            "tensor_bytes": tensor_bytes,
+            "file_bytes": file.stat().st_size,
         },
         "unpacked": [name for name, own in plan.items() if 0 < own.weight < 32 and name not in packed],
     }
-
-
-def header_bytes(file: Path) -> int:
-    """Bytes of a safetensors file before its tensors: the header, and 8 that say how long that is."""
-    with file.open("rb") as content:
-        return 8 + int.from_bytes(content.read(8), "little")
 
 
 def export(row: Row, results: Path, folder: Path, layout: str = "plain") -> dict[str, Any]:
@@ -186,6 +195,7 @@ def config_of(row: Row, results: Path) -> DictConfig:
     content = {key: plain(default[key]) for key in ("metrics", "tracking", "paths", "runtime", "sampler")}
     own = {key: value for key, value in row.config.items() if key != "metrics"}
     own["sampler"] = content["sampler"] | own["sampler"]  # how many samples at once is not in a row
+    own |= {group: dict.fromkeys(keys) | own[group] for group, keys in ADDED.items()}
     return OmegaConf.merge(OmegaConf.structured(Config), content | own)
 
 

@@ -17,9 +17,11 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from torch import Tensor, nn
 
-FORMAT, VERSION = "dqbench.packed", 1
-DESCRIPTION, PACKED, REST = "quantization.json", "packed.safetensors", "rest.safetensors"
-Layers = dict[str, tuple[dict[str, "Tensor"], dict[str, Any]]]
+    from dqbench.quant.storage import Packed
+
+PACKED = "packed.safetensors"
+KEYS = ("origin", "sampler", "denoiser", "sizes", "files")  # of a manifest, beside format and version
+PARTS = ("layers", "state", "quantization")  # of the index of a packed file
 
 
 def from_packed(path: Path | str, device: str = "cpu") -> DiffusionPipeline:
@@ -31,11 +33,13 @@ def from_packed(path: Path | str, device: str = "cpu") -> DiffusionPipeline:
 
     from dqbench.models import attach_anatomy, fix_layout, locate
     from dqbench.quant.checkpoint import load_scheduler
+    from dqbench.quant.packing import readable
 
     folder, manifest = Path(path), read_manifest(path)
-    description = json.loads((folder / DESCRIPTION).read_text())
-    model = Model(**description["model"])
-    network = rebuild(folder / model.denoiser, description)
+    tensors, content = read_network(folder / manifest["denoiser"] / PACKED)
+    with readable(f"{folder / manifest['denoiser'] / PACKED}"):
+        model = Model(**content["quantization"]["model"])
+        network = rebuild(architecture(folder, model.denoiser), tensors, content)
     parts = {"dtype": network.dtype, "local_files_only": True, model.denoiser: network}
     pipe = locate(model.pipeline).from_pretrained(folder, **parts).to(torch.device(device))
     pipe.scheduler = load_scheduler(folder / "scheduler" / "scheduler_config.json", pipe)  # some classes replace it
@@ -47,30 +51,34 @@ def from_packed(path: Path | str, device: str = "cpu") -> DiffusionPipeline:
     return pipe
 
 
-def rebuild(folder: Path, description: dict[str, Any]) -> nn.Module:
-    """The quantized network of a denoiser's folder, frozen. Raises UserError where the files do not fit each other."""
+def architecture(folder: Path, denoiser: str) -> nn.Module:
+    """The denoiser of a packed folder, its weights still random, of the class that model_index.json names."""
     from dqbench.models import locate
+
+    cls = locate(".".join(json.loads((folder / "model_index.json").read_text())[denoiser]))
+    config = json.loads((folder / denoiser / "config.json").read_text())
+    return cls.from_config(config) if hasattr(cls, "from_config") else cls(cls.config_class.from_dict(config))
+
+
+def rebuild(network: nn.Module, tensors: dict[str, Tensor], content: dict[str, Any]) -> nn.Module:
+    """`network` with what a packed file holds, quantized and frozen."""
     from dqbench.quant.attach import freeze
     from dqbench.quant.checkpoint import install
     from dqbench.quant.compact import unpack_state
-    from dqbench.quant.storage import Packed, unpack
+    from dqbench.quant.storage import unpack
 
-    config = json.loads((folder / "config.json").read_text())
-    network = locate(f"diffusers.{config['_class_name']}").from_config(config)
-    install(network, description)
-    state = unpack_state(network, *read_rest(folder / REST))
-    for name, (tensors, header) in read_layers(folder / PACKED).items():
-        network.get_submodule(name).weight_storage = Packed(tensors, header)
-        state[f"{name}.weight"] = unpack(tensors, header)
-    try:
-        network.load_state_dict(state, assign=True)
-    except RuntimeError as error:
-        raise UserError(f"{folder} does not hold what {DESCRIPTION} describes: {str(error)[:160]}") from error
+    install(network, content["quantization"])
+    state = unpack_state(network, {name: value for name, value in tensors.items() if ":" not in name}, content["state"])
+    for name, storage in packed_layers(tensors, content).items():
+        network.get_submodule(name).weight_storage = storage
+        state[f"{name}.weight"] = unpack(storage.tensors, storage.content)
+    network.load_state_dict(state, assign=True)
     return freeze(network)
 
 
 def read_manifest(path: Path | str) -> dict[str, Any]:
     """The manifest of a packed folder whose files are all as they were written. Raises UserError, one line, else."""
+    from dqbench.quant.container import FORMAT, VERSION
     from dqbench.quant.packing import check_seal
     from dqbench.stages import MANIFEST, find_damage
 
@@ -86,39 +94,55 @@ def read_manifest(path: Path | str) -> dict[str, Any]:
     if manifest.get("version") != VERSION:
         raise UserError(f"{folder} has version {manifest.get('version')} of {FORMAT}; this dqbench reads {VERSION}")
     check_seal({}, manifest, str(file))
+    if missing := [key for key in KEYS if key not in manifest]:
+        raise UserError(f"{folder} is no packed pipeline: its {MANIFEST} lacks {', '.join(missing)}")
     if damage := find_damage(folder):
         raise UserError(f"{folder} is truncated or altered: {damage}")
     return manifest
 
 
-def read_rest(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors, metadata) of a denoiser's file of what is not packed."""
-    from safetensors import SafetensorError, safe_open
+def read_network(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, content) of a packed file. Raises UserError for one that is damaged, older, or of another kind."""
+    from dqbench.quant import container
 
-    try:
-        with safe_open(file, "pt") as content:
-            return {name: content.get_tensor(name) for name in content.keys()}, content.metadata()  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} is truncated or altered: {' '.join(str(error).split())[:160]}") from error
+    tensors, content = container.read(file)
+    if missing := [part for part in PARTS if part not in content]:
+        raise UserError(f"{file} holds no packed network: its index lacks {', '.join(missing)}")
+    return tensors, content
 
 
-def read_layers(file: Path) -> Layers:
-    """(tensors, header) of each packed weight; unpack() checks them against their seal."""
-    from dqbench.quant.storage import read_storages
+def packed_layers(tensors: dict[str, Tensor], content: dict[str, Any]) -> dict[str, Packed]:
+    """The weight storage of each layer of a packed file, whose checksum has been checked: sealed again."""
+    from dqbench.quant.packing import seal
+    from dqbench.quant.storage import Packed
 
-    return read_storages(file)
+    own: dict[str, dict[str, Tensor]] = {name: {} for name in content["layers"]}
+    for name, value in tensors.items():
+        layer, colon, key = name.rpartition(":")
+        if colon:
+            own[layer][key] = value
+    return {name: Packed(own[name], seal(own[name], header)) for name, header in content["layers"].items()}
 
 
 def held(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     """What a packed folder holds: its origin, its sizes, and how many weights of each kind, all unpacked once."""
+    from dqbench.quant.packing import readable
     from dqbench.quant.storage import unpack
 
     found: Counter[str] = Counter()
-    for tensors, header in read_layers(folder / manifest["denoiser"] / PACKED).values():
-        unpack(tensors, header)
-        bits = header.get("bits", header.get("n_bits"))
-        found[f"{header['kind']}, {bits} bits"] += 1
+    file = folder / manifest["denoiser"] / PACKED
+    parts = read_network(file)
+    with readable(str(file)):
+        for storage in packed_layers(*parts).values():
+            unpack(storage.tensors, storage.content)
+            found[kind_of(storage.content)] += 1
     return {"origin": manifest["origin"], "layers": dict(found), "sizes": manifest["sizes"]}
+
+
+def kind_of(header: dict[str, Any]) -> str:
+    """'uniform, 4 bits'; without bits where a kind has no one width."""
+    bits = header.get("bits", header.get("n_bits"))
+    return header["kind"] if bits is None else f"{header['kind']}, {bits} bits"
 
 
 def lines(content: dict[str, Any]) -> list[str]:
@@ -126,22 +150,21 @@ def lines(content: dict[str, Any]) -> list[str]:
     sizes, origin = content["sizes"], content["origin"]
     layers = ", ".join(f"{count} of {kind}" for kind, count in content["layers"].items())
     shown = [" ".join(f"{key}={value}" for key, value in origin.items() if not isinstance(value, dict))] * bool(origin)
-    shown.append(f"packed weights: {layers}; {ratio(sizes['packed'])}")
+    shown.append(f"packed weights: {layers}; {ratio(sizes['packed'], 'tensor_bytes')}")
     if sizes["unpacked"]:
         shown.append(f"planned, but not packed: {', '.join(sizes['unpacked'])}")
-    shown.append(f"denoiser: {ratio(sizes['denoiser'])}")
-    overhead = sizes["denoiser"]["file_bytes"] - sizes["denoiser"]["tensor_bytes"]
-    shown.append(f"of these, safetensors headers: {overhead:,} bytes")
+    shown.append(f"denoiser: {ratio(sizes['denoiser'], 'file_bytes')} on disk")
+    tensors, disk = (sizes["denoiser"][key] for key in ("tensor_bytes", "file_bytes"))
+    shown.append(f"of these, header and index: {disk - tensors:,} bytes")
     if (billed := sizes["billed_bytes"]) is not None:
-        tensors = sizes["denoiser"]["tensor_bytes"]
-        shown.append(f"its bill says {billed:,} bytes, its tensors take {tensors:,} ({tensors / billed - 1:+.2%})")
+        apart = f"its tensors {tensors / billed - 1:+.2%}, its file {disk / billed - 1:+.2%}"
+        shown.append(f"its bill says {billed:,} bytes: {apart}")
     return shown
 
 
-def ratio(size: dict[str, int]) -> str:
-    """'608,123 bytes on disk, 0.1371 x the 4,435,456 in 32 bits'."""
-    part = size["file_bytes"] / size["fp32_bytes"]
-    return f"{size['file_bytes']:,} bytes on disk, {part:.4f} x the {size['fp32_bytes']:,} in 32 bits"
+def ratio(size: dict[str, int], key: str) -> str:
+    """'608,123 bytes, 0.1371 x the 4,435,456 in 32 bits,'."""
+    return f"{size[key]:,} bytes, {size[key] / size['fp32_bytes']:.4f} x the {size['fp32_bytes']:,} in 32 bits,"
 
 
 @command

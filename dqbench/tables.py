@@ -20,7 +20,7 @@ from dqbench.metrics.base import mean_interval
 from dqbench.metrics.text import decimals, ordered, quantity
 from dqbench.results import Row, atomic_write, rows
 
-COST = ("bops", "size_bytes", "bits_per_weight")
+COST = {"bops": "BOPs", "size_bytes": "size", "bits_per_weight": "bits/weight", "bits_per_act": "bits/act"}
 NOTES = (
     "Value [low, high]: 95 % interval. Several seeds: their mean, t interval over seeds. One seed: the interval of the "
     "metric's protocol. Settings: what differs from most rows of the method and bits. Fake quantization: no speed-up "
@@ -53,11 +53,12 @@ class Line:
         return f"{value:.{places}f} [{low:.{places}f}, {high:.{places}f}]"
 
     def right(self) -> list[str]:
-        """Cost, averaged over seeds, and run."""
-        means = [sum(row.cost[key] for row in self.rows) / len(self.rows) for key in COST]
+        """Cost, averaged over seeds, with a dash where a row has none; and run."""
+        found = {key: [row.cost.get(key) for row in self.rows] for key in COST}
+        costs = ["–" if None in own else quantity(key, sum(own) / len(own)) for key, own in found.items()]
         run = self.rows[0].run_id if len(self.rows) == 1 else f"{len(self.rows)}, below"
         dagger = "†" if any(row.provenance.get("git_dirty") for row in self.rows) else ""
-        return [*(quantity(key, mean) for key, mean in zip(COST, means, strict=True)), run + dagger]
+        return [*costs, run + dagger]
 
 
 def grouped(found: Sequence[Row]) -> dict[str, list[Row]]:
@@ -104,7 +105,7 @@ def grid(lines: Sequence[Line], members: Sequence[Row], names: Sequence[str]) ->
     found = {name: metric for row in members for name, metric in (row.metrics | row.paired).items()}
     left = [key for key in lines[0].left() if key != "settings" or any(line.told for line in lines)]
     arrows = [f"{name} {'↑' if found[name]['higher_is_better'] else '↓'}" for name in names]
-    header = [*left, *arrows, "BOPs", "size", "bits/weight", "run"]
+    header = [*left, *arrows, *COST.values(), "run"]
     marks = ["---"] * len(left) + ["---:"] * (len(header) - len(left) - 1) + ["---"]
     body = [
         [*(line.left()[key] for key in left), *(line.value(name) for name in names), *line.right()] for line in lines

@@ -24,13 +24,15 @@ from dqbench.schedulers import QuantizedDDIMScheduler
 from tests.tiny import calibration, ddim, pipeline
 
 METHODS = sorted(path.stem for path in (data_root() / "conf" / "method").glob("*.yaml"))
-QUANTIZED = [name for name in METHODS if name != "fp32"]
 TINY = ["recon.iters=4", "recon.iters_act=2", "recon.batch_size=4", "recon.act_init_samples=8"]
 
 
 def method(name: str, *overrides: str):
     built = build(compose([f"method={name}", *TINY, *overrides]).method)
     return replace(built, chains=16) if hasattr(built, "chains") else built
+
+
+QUANTIZED = [name for name in METHODS if name != "fp32" and "image" in getattr(method(name), "modalities", ("image",))]
 
 
 def overrides_of(name: str) -> dict:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dqbench.errors import UserError
-from dqbench.quant.packing import check_seal, nbytes, pack, packed_bytes, seal, unpack
+from dqbench.quant.packing import check_seal, dtype_of, name_of, nbytes, pack, packed_bytes, readable, seal, unpack
 from dqbench.quant.sparse_formats import FORMATS, entropy_bits, index_width, sizes
 from dqbench.quant.sparse_formats import pack as pack_matrix
 from dqbench.quant.sparse_formats import unpack as unpack_matrix
@@ -113,24 +113,31 @@ def test_sizes_are_those_of_the_formulas():
     assert bound < min(found.values()) < 1.1 * bound and entropy_bits(0.0, 4) == 0 and entropy_bits(1.0, 4) == 4
 
 
-def test_damage_is_refused_in_one_line():
+def test_what_is_no_packed_matrix_is_refused_in_one_line():
+    """Altered values are noticed by the seal of the storage that holds them: test_rtzs.py, test_export.py."""
     support = torch.rand(7, 300, generator=torch.Generator().manual_seed(0)) < 0.1
     for layout in FORMATS:
         tensors, header = pack_matrix(torch.full((7, 300), 3), support, 4, layout)
-        for name, values in tensors.items():
-            if values.numel():
-                altered = values.clone()
-                altered[-1] ^= 1
-                for changed in ({name: altered}, {name: values[:-1]}):
-                    with pytest.raises(UserError, match=f"{layout} is truncated or altered"):
-                        unpack_matrix(tensors | changed, header)
+        assert "crc32" not in header
         missing = {name: values for name, values in tensors.items() if name != "values"}
-        for wrong in ((missing, header), (tensors, header | {"bits": 5}), (tensors, header | {"shape": [300, 7]})):
+        short = tensors | {"values": tensors["values"][:-1]}
+        without = {key: value for key, value in header.items() if key != "bits"}
+        for wrong in ((missing, header), (short, header), (tensors, without)):
             with pytest.raises(UserError, match="truncated or altered") as error:
                 unpack_matrix(*wrong)
             assert "\n" not in str(error.value)
         with pytest.raises(UserError, match="version 2"):
             unpack_matrix(tensors, header | {"version": 2})
+
+
+def test_readers_of_foreign_content_raise_one_line():
+    for reading in (lambda: {}["scale"], lambda: None.shape, lambda: dtype_of("save"), lambda: torch.zeros(3).view(2)):
+        with pytest.raises(UserError, match="x is truncated or altered: ") as error, readable("x"):
+            reading()
+        assert "\n" not in str(error.value) and len(str(error.value)) < 200
+    with pytest.raises(UserError, match="^mine$"), readable("x"):
+        raise UserError("mine")
+    assert dtype_of(name_of(torch.bfloat16)) == torch.bfloat16
 
 
 def test_a_seal_holds_names_shapes_and_types():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from dqbench.models import denoiser
 from dqbench.quant import zero_suppression as lzs
 from dqbench.quant.attention import attention_layers
 from dqbench.quant.dynamic import LzsForm, LzsQuantizer
-from dqbench.quant.lzs_theory import check
+from dqbench.quant.lzs_theory import check, theory_check
 from dqbench.quant.storage import storages, stored_bits
 from tests.tiny import calibration, pipeline
 
@@ -196,6 +197,20 @@ def test_theory_of_two_tensors():
     assert found.flags == [0.5, 0, 0, 0, 0.5]
     assert found.lzs == pytest.approx(30 / 32)
     assert found.entropy == pytest.approx(5 / 32 + 1 / 2 + 15 / 32 * math.log2(32 / 15))  # codes 7, 1 and 0
+
+
+@pytest.mark.parametrize("scale", ["per_token", "per_tensor"])
+def test_theory_check_is_the_same_in_batches(scale):
+    unet, layers, seen = pipeline().unet, ["conv_in", "conv_out", "time_embedding.linear_1"], []
+    handle = unet.conv_in.register_forward_pre_hook(lambda layer, args: seen.append(len(args[0])))
+    whole, parts = (
+        theory_check(unet, layers, replace(calibration(), batch_size=size), form(scale=scale), 10) for size in (64, 4)
+    )
+    handle.remove()
+    assert seen == ([10, 4, 4, 2] if scale == "per_token" else [10, 10, 4, 4, 2, 4, 4, 2])
+    for name, group in whole.items():
+        for line, values in group["lines"].items():
+            assert len(values) == 3 and parts[name]["lines"][line] == pytest.approx(values, rel=1e-4, abs=1e-6)
 
 
 def error(pipe, other) -> float:

@@ -15,16 +15,17 @@ from torch import nn
 
 from bench.sparse import break_even
 from dqbench.config import Bits, build, compose
-from dqbench.cost import weight_bytes
+from dqbench.cost import notes, qparam_bytes, weight_bytes
 from dqbench.errors import UserError
 from dqbench.models import denoiser
+from dqbench.quant.attach import installed
 from dqbench.quant.packing import nbytes
 from dqbench.quant.residual import Codebook, StageOne, Zeros, grid
 from dqbench.quant.residual_acts import Meter, TwoStageQuantizer, collecting, metering, two_stage_quantizers
-from dqbench.quant.residual_weights import Layout, TwoStageWeight, two_stage
+from dqbench.quant.residual_weights import Layout, TwoStageWeight, scopes_of, two_stage
 from dqbench.quant.sparse_compute import PATHS, Residual, forward, weight_of
 from dqbench.quant.storage import Packed, load_storages, save_storages, storages, stored_bits, unpack
-from dqbench.quant.thresholds import SCOPES, Threshold, survivors, tau_of
+from dqbench.quant.thresholds import SCOPES, Threshold, expected_share, survivors, tau_of
 from tests.tiny import calibration, pipeline
 
 NONE = Zeros("step", 0.0)
@@ -305,7 +306,8 @@ def test_static_activations_follow_calibration_and_are_metered():
     assert 0.08 < meter.overhead_bits < 0.14 and quantizer.meter is None and quantizer.sample is None
     plain = act_quantizer(x, 4, *settings, "method.act.threshold.value=0")
     assert (plain(x) - x).square().mean() > 2 * (y - x).square().mean()
-    assert torch.equal(plain(x), (x / plain.scale).round().clamp(-7, 7) * plain.scale)
+    scale = plain.grids().scale
+    assert torch.equal(plain(x), (x / scale).round().clamp(-7, 7) * scale)
 
 
 def test_of_several_percentiles_the_best_is_taken():
@@ -414,18 +416,111 @@ def test_literal_is_eight_bits_and_more_whatever_is_asked():
     assert not storages(off) and not two_stage_quantizers(off) and not off.plan and not off.diagnostics
 
 
-def test_calibrated_shares_keep_the_budget_and_beat_fewer():
+SOME = ["method.weight.percentiles=[98]", "method.skip=[up_*, down_*]"]
+
+
+def searched(n_bits: int, *overrides: str, batch_size: int = 64):
+    """The tiny network's weights under rule=calib with a budget of 1 bit per weight."""
+    own = [*SOME, "method.weight.search={grid: [0, 0.02, 0.1, 0.5], budget: 1.0, rows: 4}"]
+    own += ["method.weight.threshold.rule=calib"]
+    rows = dataclasses.replace(calibration(), batch_size=batch_size)
+    built = method("rtzs", *own, *overrides)
+    return built(pipeline(), rows, Bits(n_bits, 32, 32, 32)).unet
+
+
+@pytest.mark.parametrize("n_bits", [4, 6, 8])
+def test_calibrated_shares_add_no_more_than_the_budget_at_any_width(n_bits):
+    """Beside the same layer without a residual: of 10 % and 50 % only the first fits into one bit."""
+    unet, plain = searched(n_bits), searched(n_bits, "method.weight.search.grid=[0]")
+    shares = set()
+    for name, storage in storages(unet).items():
+        count = unet.get_submodule(name).weight.numel()
+        none = stored_bits(plain.get_submodule(name).weight_storage)
+        shares.add(round(storage.header()["residual"]["entries"] / count, 2))
+        assert none <= stored_bits(storage) <= none + count, name
+    assert max(shares) == 0.1
+
+
+def test_the_search_does_not_depend_on_the_batch():
+    whole, parts = searched(4).state_dict(), searched(4, batch_size=3).state_dict()
+    assert all(torch.equal(parts[key], value) for key, value in whole.items())
+
+
+@pytest.mark.parametrize("rule", ["quantile", "calib"])
+def test_a_short_scope_keeps_one_element_at_least(rule):
+    x = heavy_tailed(8, 300)
+    for scope, size, count in (("group", 16, 8 * 19), ("channel", 16, 8 * 3), ("tensor", 16, 24)):
+        kept = survivors(x, torch.ones(1, 1), Threshold(rule, 0.01, scope), size)
+        assert int(kept.sum()) == count
+        shares = [
+            n * times * expected_share(Threshold(rule, 0.01, scope), n) for n, times in scopes_of(8, 300, scope, size)
+        ]
+        assert sum(shares) == pytest.approx(count)
+        assert not survivors(x, torch.ones(1, 1), Threshold(rule, 0.0, scope), size).any()
+
+
+def test_weights_of_no_elements_are_refused_by_name():
     pipe = pipeline()
-    search = "method.weight.search={grid: [0, 0.02, 0.1, 0.5], budget: 5.2, rows: 4}"
-    result = method("rtzs", "method.weight.threshold.rule=calib", search)(pipe, calibration(), Bits(4, 32, 32, 32))
-    shares = {}
-    for name, storage in storages(result.unet).items():
-        size = stored_bits(storage) / result.unet.get_submodule(name).weight.numel()
-        shares[name] = storage.header()["residual"]["entries"] / result.unet.get_submodule(name).weight.numel()
-        assert size <= 5.2 or shares[name] == 0, name
-    assert len({round(share, 2) for share in shares.values()}) > 1 and max(shares.values()) == pytest.approx(
-        0.1, abs=0.01
-    )
+    pipe.unet.extra = nn.Linear(0, 4)
+    for name in ("rtzs", "int4_g64", "quartz"):
+        with pytest.raises(UserError, match="cannot be quantized: extra; add them to method.skip"):
+            method(name)(pipe, calibration(), W4A8)
+    for shape in ((0, 4), (4, 0)):
+        with pytest.raises(UserError, match="is empty"):
+            quantize(torch.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "names"),
+    [
+        ([], ("scale", "tau", "low", "step")),
+        (["method.act.codebook.kind=uniform_sym"], ("scale", "tau", "step")),
+        (["method.act.codebook.bits=1"], ("scale", "tau", "low")),
+        (["method.act.zeros={rule: percentile, value: 20}"], ("scale", "tau", "low", "step", "dead")),
+        (["method.act.zeros={rule: step, value: 2}", "method.act.symmetric=true"], ("scale", "tau", "low", "step")),
+    ],
+)
+def test_static_parameters_are_stored_once_and_billed(overrides, names):
+    quantizer = act_quantizer(x := heavy_tailed(64, 512), 4, *overrides)
+    assert quantizer.rule.stored == names and quantizer.scale.shape == (len(names),)
+    chosen = quantizer.choose(x.reshape(1, -1), quantizer.rule.percentiles[0])
+    assert chosen._fields == quantizer.grids()._fields
+    stored = 8 * nbytes({"scale": quantizer.scale}) + 4 * quantizer.zero_point.numel()
+    billed = 8 * qparam_bytes(len(names), 4)
+    assert stored <= billed <= stored + 4 * len(names)
+    own = method("rtzs", *overrides).plan(pipeline().unet, W4A8)["conv_out"]
+    assert own.act_groups == len(names)
+
+
+def test_what_dynamic_activations_make_for_each_sample_is_billed():
+    x, own = heavy_tailed(8, 64), ["method.act.dynamic=true", "method.act.percentiles=[98]"]
+    bits = {}
+    for share in (0.0, 0.05):
+        built = method("rtzs", *own, f"method.act.threshold.value={share}")
+        quantizer = TwoStageQuantizer(4, built.act)
+        with metering([quantizer]) as (meter,):
+            quantizer(x)
+        bits[share] = meter.overhead_bits
+        assert quantizer.scale.numel() == quantizer.zero_point.numel() == 0
+    assert bits[0.0] == (3 * 32 + 4) / 64  # scale, low and step; a zero point
+    assert bits[0.05] > bits[0.0] + 0.05 * 4
+    unet = built(pipeline(), calibration(), W4A8).unet
+    assert {own.act_groups for own in installed(unet, W4A8)[0].values()} == {0}
+
+
+@pytest.mark.parametrize(("n_bits", "scope"), [(3, "channel"), (4, "tensor"), (8, "group")])
+def test_the_bill_before_a_run_is_a_bound(n_bits, scope):
+    """rule=quantile, stage 1 dense: never more than what is stored, and little less."""
+    pipe, bits = pipeline(), Bits(n_bits, 32, 32, 32)
+    built = method("rtzs", f"method.weight.threshold={{rule: quantile, value: 0.05, scope: {scope}}}", *SOME)
+    expected = built.plan(copy.deepcopy(pipe.unet).to("meta"), bits)
+    stored = built(pipe, calibration(), bits).unet.plan
+    bound, real = (sum(own.weight_overhead_bits for own in plan.values()) for plan in (expected, stored))
+    assert all(own.weight_overhead_bits <= stored[name].weight_overhead_bits + 8 for name, own in expected.items())
+    weights = sum(pipe.unet.get_submodule(name).weight.numel() for name in stored)
+    assert bound <= real <= bound + 0.15 * weights
+    cfg = compose(["method=rtzs", f"bits.weight={n_bits}"])
+    assert "A bound" in notes(cfg)[0] and not notes(compose(["method=rtn"]))
 
 
 @pytest.mark.parametrize(
@@ -441,6 +536,7 @@ def test_calibrated_shares_keep_the_budget_and_beat_fewer():
         ("method.act.threshold.rule=rd", "rule=rd is for weights"),
         ("method.act.codebook.scope=channel", "scope=tensor"),
         ("method.weight.search.grid=[2]", "search.grid"),
+        ("method.weight.search.budget=-1", "search.budget=-1"),
     ],
 )
 def test_bad_settings_are_refused(override, message):

@@ -42,7 +42,7 @@ def row(value: float = 1.0, provenance: dict[str, Any] | None = None, **changes:
         node[last] = new
     interval = {"value": value, "low": value - 1, "high": value + 1}
     metric = {**interval, "n": 1024, "extractor": "e", "protocol": "p", "higher_is_better": False}
-    cost = {"bops": 1e9, "size_bytes": 1000, "bits_per_weight": 4.1, "convention": "c"}
+    cost = {"bops": 1e9, "size_bytes": 1000, "bits_per_weight": 4.1, "bits_per_act": 8.25, "convention": "c"}
     made = {**HASHES, **(provenance or {})}
     run_id = tables.digest([config, made])
     return Row(run_id, config, {"fd": metric}, {"fd": metric}, {}, cost, {}, made)
@@ -108,6 +108,15 @@ def test_at_a_draw_both_sides_are_spelled_out_in_the_order_of_numbers() -> None:
     absent = differences([{"a": 1}, {"a": 1, "b": 2}, {"a": 1, "b": 2}], [0, 0, 0])
     assert absent == [{"b": "(absent)"}, {}, {}]
     assert differences([{"a": 1}, {"a": 2}], ["one", "another"]) == [{}, {}]
+
+
+def test_costs_stand_right_and_a_row_without_one_has_a_dash() -> None:
+    older = row()
+    del older.cost["bits_per_act"]
+    for found, act in ((row(), "8.25"), (older, "–")):
+        header, line = body(markdown([found], {}))
+        assert header[-5:] == ["BOPs", "size", "bits/weight", "bits/act", "run"]
+        assert line[-5:-1] == ["1 G", "1 kB", "4.10", act]
 
 
 def test_seeds_are_averaged_with_the_t_interval_and_listed() -> None:

@@ -12,7 +12,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
@@ -22,15 +21,16 @@ from dqbench.config import OFF, Bits
 from dqbench.errors import UserError
 from dqbench.models import clone, denoiser
 from dqbench.quant.attach import attach_act_quantizer, calibrating, freeze, quantize_attention
+from dqbench.quant.dynamic_attach import evenly
 from dqbench.quant.packing import packed_bytes
 from dqbench.quant.plan import LayerBits, Plan, select
 from dqbench.quant.quantizers import ActRule
-from dqbench.quant.residual_acts import ActTwoStage, Meter, TwoStageQuantizer, collecting, metering
+from dqbench.quant.residual_acts import PER_BATCH, ActTwoStage, Meter, TwoStageQuantizer, collecting, metering
 from dqbench.quant.residual_report import Report, diagnostics
 from dqbench.quant.residual_rules import WeightTwoStage
 from dqbench.quant.sparse_compute import apply
 from dqbench.quant.sparse_formats import entropy_bits
-from dqbench.quant.storage import stored_bits
+from dqbench.quant.storage import check_filled, stored_bits
 from dqbench.quant.thresholds import expected_share
 
 
@@ -67,6 +67,7 @@ class RTZS:
         The plan of a quantized network has the measured bits.
         """
         plan = select(network, self.own_bits(bits), self.skip, self.overrides)
+        check_filled(network, plan)
         return {name: self.expected(network.get_submodule(name).weight, own) for name, own in plan.items()}
 
     def expected(self, weight: Tensor, own: LayerBits) -> LayerBits:
@@ -75,8 +76,9 @@ class RTZS:
         if own.weight not in OFF:
             changes["weight_overhead_bits"] = self.weight.expected_overhead(weight.shape, own.weight)
         if own.act not in OFF:
-            share = expected_share(self.act.threshold)
+            share = expected_share(self.act.threshold, PER_BATCH)  # of a large tensor: a plan knows no input's size
             changes["act_overhead_bits"] = entropy_bits(share, self.act.codebook.bits)
+            changes["act_groups"] = 0 if self.act.dynamic else len(self.act.stored)
         return replace(own, **changes)
 
     def own_bits(self, bits: Bits) -> Bits:
@@ -109,16 +111,21 @@ class RTZS:
 
         Layers before it are quantized already. Where nothing fits the budget, the share of the fewest bits.
         """
-        layer, n_bits = student.get_submodule(name), student.plan[name].weight
-        rows = np.linspace(0, len(calib) - 1, min(self.weight.search.rows, len(calib))).astype(int)
-        x, tried = seen_by(student, layer, calib.rows(rows, layer.weight.device)), []
-        for rho in self.weight.search.grid:
-            found = self.weight.quantize(layer.weight, n_bits, replace(self.weight.threshold, value=rho))
-            delta = found.dequantize().reshape(layer.weight.shape).to(x.dtype) - layer.weight
-            stored = stored_bits(self.weight.store(found, layer.weight.cpu())) / layer.weight.numel()
-            error = apply(layer, delta, None, x).square().mean().item()
-            tried.append((max(stored, self.weight.search.budget), error, rho))
-        return min(tried)[2]
+        layer, search = student.get_submodule(name), self.weight.search
+        tried = {rho: self.attempt(layer, student.plan[name].weight, rho) for rho in {0.0, *search.grid}}
+        limit, errors = tried[0.0][0] + search.budget, dict.fromkeys(search.grid, 0.0)
+        for batch in evenly(calib, search.rows).batches(layer.weight.device):
+            x = seen_by(student, layer, batch)
+            for rho in errors:
+                errors[rho] += apply(layer, tried[rho][1], None, x).square().sum(dtype=torch.float64).item()
+        return min((max(tried[rho][0], limit), error, rho) for rho, error in errors.items())[2]
+
+    def attempt(self, layer: nn.Module, n_bits: int, rho: float) -> tuple[float, Tensor]:
+        """(stored bits per weight, error of the weight, of its shape) where a share rho survives."""
+        weight = layer.weight.detach()
+        found = self.weight.quantize(weight, n_bits, replace(self.weight.threshold, value=rho))
+        stored = stored_bits(self.weight.store(found, weight.cpu())) / weight.numel()
+        return stored, found.dequantize().reshape(weight.shape).to(weight.dtype) - weight
 
     def quantize_inputs(self, student: nn.Module) -> None:
         """Attach a two-stage quantizer to the input of every planned layer."""

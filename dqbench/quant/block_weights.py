@@ -64,10 +64,14 @@ def unpack(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> Tensor:
     if header["version"] != VERSION:
         raise UserError(f"weight storage {KIND} has version {header['version']}; readable: {VERSION}")
     form = BlockFormat(header["element"], header["group_size"], header["scale"])
+    codes = code_rows(tensors, header)
+    rows = decode(Blocks(codes, tensors["scale"], tensors.get("tensor_scale", torch.ones(()))), form)
+    return from_rows(rows, header["shape"]).to(packing.dtype_of(header["dtype"]))
+
+
+def code_rows(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> Tensor:
+    """The codes of a storage, int8 [O, ... I]: signed integers, or those of E2M1."""
     n_bits, shape = header["n_bits"], header["shape"]
-    codes = packing.unpack(tensors["codes"], prod(shape), n_bits).to(torch.int8)
-    if form.element == "int":
-        codes = torch.where(codes >= 2 ** (n_bits - 1), codes - 2**n_bits, codes) if n_bits < 8 else codes
-    tensor_scale = tensors.get("tensor_scale", torch.ones(()))
-    rows = decode(Blocks(codes.reshape(shape[0], -1), tensors["scale"], tensor_scale), form)
-    return from_rows(rows, shape).to(getattr(torch, header["dtype"]))
+    codes = packing.unpack(tensors["codes"], prod(shape), n_bits).to(torch.int8).reshape(shape[0], -1)
+    signed = header["element"] == "int" and n_bits < 8
+    return torch.where(codes >= 2 ** (n_bits - 1), codes - 2**n_bits, codes) if signed else codes

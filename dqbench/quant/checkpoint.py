@@ -20,6 +20,7 @@ from dqbench.quant.attach import attach_act_quantizer, freeze
 from dqbench.quant.attention import QuantAttnProcessor, attention_layers
 from dqbench.quant.clock import attach_clock, timesteps_of
 from dqbench.quant.feature_cache import describe_caches, install_caches
+from dqbench.quant.packing import readable
 from dqbench.quant.plan import LayerBits
 from dqbench.quant.quantizers import from_spec
 from dqbench.quant.storage import load_storages, save_storages
@@ -109,14 +110,14 @@ def scheduler_class(name: str, pipe: DiffusionPipeline) -> type:
 
 def fill(model: nn.Module, description: Path, weights: Path) -> None:
     """Install the described quantizers and load every tensor, strictly; then freeze."""
-    install(model, json.loads(description.read_text()))
+    with readable(str(description)):
+        install(model, json.loads(description.read_text()))
     device = next(model.parameters()).device
     try:
         model.load_state_dict(load_file(weights), assign=True)
     except (SafetensorError, RuntimeError, OSError) as error:
-        raise UserError(
-            f"{weights} does not hold the quantized denoiser described beside it: {str(error)[:160]}"
-        ) from error
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"{weights} does not hold the quantized denoiser described beside it: {reason}") from error
     freeze(model.to(device))
 
 
@@ -133,13 +134,14 @@ def load_pipeline(folder: Path | str, device: str = "cpu") -> DiffusionPipeline:
     folder = Path(folder)
     if not (file := folder / DESCRIPTION).exists():
         raise UserError(f"{folder} holds no quantized pipeline: {DESCRIPTION} is missing")
-    model = Model(**json.loads(file.read_text())["model"])
-    cls = locate(model.pipeline)
-    network = folder / model.denoiser
-    component = locate(f"diffusers.{json.loads((network / 'config.json').read_text())['_class_name']}")
-    quantized = component.from_config(component.load_config(network))
-    fill(quantized, file, next(network.glob("*.safetensors")))
-    load_storages(quantized, folder / STORED)
+    with readable(str(folder)):
+        model = Model(**json.loads(file.read_text())["model"])
+        cls = locate(model.pipeline)
+        network = folder / model.denoiser
+        component = locate(f"diffusers.{json.loads((network / 'config.json').read_text())['_class_name']}")
+        quantized = component.from_config(component.load_config(network))
+        fill(quantized, file, sorted(network.glob("*.safetensors"))[0])
+        load_storages(quantized, folder / STORED)
     pipe = cls.from_pretrained(folder, local_files_only=True, **{model.denoiser: quantized})
     pipe.scheduler = load_scheduler(folder / "scheduler" / "scheduler_config.json", pipe)  # some classes replace it
     pipe.to(torch.device(device))

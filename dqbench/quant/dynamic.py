@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dqbench.errors import UserError, check_choice
 from dqbench.quant.block_formats import BlockFormat, as_half, choose_tensor_scale, round_to
+from dqbench.quant.quantizers import moving
 from dqbench.quant.zero_suppression import CODE_BITS, QMAX, ROUNDINGS, bits_per_element, zero_suppress
 
 RANGES = ("absmax", "minmax", "minmax_noshift")
@@ -101,6 +102,9 @@ class LzsQuantizer(nn.Module):
         flags = bits_per_element(channels, self.form.group_size) - CODE_BITS if self.n_bits == CODE_BITS else 0.0
         return flags + (0.0 if self.static else HALF_BITS * self.form.stored / channels)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        return super()._apply(moving(fn), recurse)
+
     def spec(self) -> dict[str, Any]:
         """What rebuilds this module before its buffers are loaded."""
         return {"kind": "zero_suppression", "n_bits": self.n_bits, "axis": self.axis, "form": asdict(self.form)}
@@ -144,6 +148,9 @@ class BlockQuantizer(nn.Module):
     def overhead_bits(self, channels: int) -> float:
         """Stored bits per element beside n_bits: the scales of groups."""
         return self.form.bits_per_element(self.n_bits, channels) - self.n_bits
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        return super()._apply(moving(fn), recurse)
 
     def spec(self) -> dict[str, Any]:
         """What rebuilds this module before its buffers are loaded."""

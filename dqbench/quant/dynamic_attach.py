@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -19,6 +20,7 @@ from dqbench.quant.block_weights import bake, overhead_bits
 from dqbench.quant.dynamic import BlockQuantizer, LzsQuantizer
 from dqbench.quant.plan import Plan, select
 from dqbench.quant.quantizers import ActRule, act_quantizers
+from dqbench.quant.storage import check_filled
 
 Quantizer = LzsQuantizer | BlockQuantizer
 Make = Callable[[int, int], Quantizer]  # (n_bits, axis of the channels) -> a quantizer
@@ -31,8 +33,9 @@ def plan_for(
 
     Scales lie in the overheads, at their own width: weight_groups counts none, act_groups the static ones.
     """
-    plan = {}
-    for name, own in select(denoiser, bits, skip, overrides).items():
+    plan, chosen = {}, select(denoiser, bits, skip, overrides)
+    check_filled(denoiser, chosen)
+    for name, own in chosen.items():
         layer, changes = denoiser.get_submodule(name), {}
         if own.weight not in OFF:
             changes |= {"weight_groups": 0, "weight_overhead_bits": overhead_bits(layer.weight.shape, form)}
@@ -72,6 +75,13 @@ def axis_of(layer: nn.Module) -> int:
 def channels_of(layer: nn.Module) -> int:
     """How many channels a layer's input has."""
     return layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
+
+
+def evenly(calib: CalibrationSet, rows: int) -> CalibrationSet:
+    """`rows` rows of a calibration set, spread evenly over it, or all there are."""
+    keep = np.zeros(len(calib), dtype=bool)
+    keep[np.linspace(0, len(calib) - 1, min(rows, len(calib))).astype(int)] = True
+    return calib.where(keep)
 
 
 @torch.no_grad()

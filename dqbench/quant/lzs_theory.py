@@ -8,11 +8,11 @@ compares bounds, element by element; the measured means are here too.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,11 +20,12 @@ from dqbench.calibration import CalibrationSet
 from dqbench.diagnostics import curves
 from dqbench.quant.block_formats import BlockFormat, decode, encode
 from dqbench.quant.dynamic import LzsForm, LzsQuantizer
-from dqbench.quant.dynamic_attach import axis_of
+from dqbench.quant.dynamic_attach import axis_of, evenly
 from dqbench.quant.zero_suppression import CODE_BITS, CODE_MAX, choose_flags, restore, suppress
 
 INT4 = BlockFormat("int", None, "fp16")
 FLAGS = range(5)
+CODES = 2 * CODE_MAX + 1  # -7..7
 
 
 @dataclass(frozen=True)
@@ -41,35 +42,60 @@ class Theory:
     entropy_int4: float
 
 
+class Tally:
+    """Counts and sums over the batches of one tensor, its channels at `axis`, that give its Theory.
+
+    sums, float64: elements, those with |q| >= 8, |error| / s8 of LZS and of INT4.
+    """
+
+    def __init__(self, form: LzsForm, axis: int) -> None:
+        self.quantizer, self.form = LzsQuantizer(form, CODE_BITS, axis), form
+        self.sums = torch.zeros(4, dtype=torch.float64)
+        self.flags, self.codes, self.plain = (torch.zeros(count) for count in (len(FLAGS), CODES, CODES))
+
+    def observe(self, x: Tensor) -> None:
+        """Let a static range follow a batch; before all that add()."""
+        self.quantizer.to(x.device).observe(x)
+
+    def add(self, x: Tensor) -> None:
+        """Take a batch into account."""
+        rows, group_size = x.movedim(self.quantizer.axis, -1).float(), self.form.group_size
+        codes, scale, _ = self.quantizer.to(x.device).codes(rows)
+        flags = choose_flags(codes, group_size)
+        short = suppress(codes, flags, group_size, self.form.rounding)
+        plain = encode(rows, INT4, CODE_BITS)
+        errors = (restore(short, flags, group_size, self.form.rounding) - codes, (decode(plain, INT4) - rows) / scale)
+        large = (codes.abs() > CODE_MAX).double().sum()
+        found = [large, *(error.abs().sum(dtype=torch.float64) for error in errors)]
+        self.sums += torch.stack([large.new_tensor(x.numel()), *found]).cpu()
+        self.flags = self.flags + counts(flags, len(FLAGS))
+        self.codes, self.plain = self.codes + counts(short + CODE_MAX), self.plain + counts(plain.codes + CODE_MAX)
+
+    def theory(self) -> Theory:
+        """The figures of all that was added."""
+        large, lzs, int4 = (self.sums[1:] / self.sums[0]).tolist()
+        flags = (self.flags / self.flags.sum()).tolist()
+        return Theory(large, lzs, int4, flags, entropy(self.codes), entropy(self.plain))
+
+
 def check(x: Tensor, form: LzsForm, axis: int) -> Theory:
     """The figures of a tensor with its channels at `axis`."""
-    quantizer = LzsQuantizer(form, CODE_BITS, axis).to(x.device)
-    if quantizer.static:
-        quantizer.observe(x)
-    rows = x.movedim(axis, -1).float()
-    codes, scale, _ = quantizer.codes(rows)
-    flags = choose_flags(codes, form.group_size)
-    short = suppress(codes, flags, form.group_size, form.rounding)
-    plain = encode(rows, INT4, CODE_BITS)
-    return Theory(
-        large=(codes.abs() > CODE_MAX).float().mean().item(),
-        lzs=(restore(short, flags, form.group_size, form.rounding) - codes).abs().mean().item(),
-        int4=((decode(plain, INT4) - rows) / scale).abs().mean().item(),
-        flags=shares(flags, len(FLAGS)).tolist(),
-        entropy=entropy(short),
-        entropy_int4=entropy(plain.codes),
-    )
+    tally = Tally(form, axis)
+    if tally.quantizer.static:
+        tally.observe(x)
+    tally.add(x)
+    return tally.theory()
 
 
-def shares(values: Tensor, count: int) -> Tensor:
-    """How often each of 0..count - 1 occurs, float64 [count], sum 1."""
-    return torch.bincount(values.flatten().long(), minlength=count).double() / values.numel()
+def counts(values: Tensor, count: int = CODES) -> Tensor:
+    """How often each of 0..count - 1 occurs, float64 [count], on the CPU."""
+    return torch.bincount(values.flatten().long(), minlength=count).cpu().double()
 
 
-def entropy(codes: Tensor) -> float:
-    """Of the distribution of codes in -7..7, in bits."""
-    found = shares(codes.long() + CODE_MAX, 2 * CODE_MAX + 1)
-    return -torch.special.xlogy(found, found).sum().item() / math.log(2)
+def entropy(found: Tensor) -> float:
+    """Of a distribution given by counts, in bits."""
+    share = found / found.sum()
+    return -torch.special.xlogy(share, share).sum().item() / math.log(2)
 
 
 @torch.no_grad()
@@ -77,22 +103,27 @@ def theory_check(
     network: nn.Module, layers: Sequence[str], calib: CalibrationSet, form: LzsForm, rows: int
 ) -> dict[str, Any]:
     """Groups of curves over `layers`, in their order, from the inputs they get for `rows` rows spread over the set."""
-    chosen = np.unique(np.linspace(0, len(calib) - 1, min(rows, len(calib))).astype(int))
-    found: dict[str, Theory] = {}
-    handles = [network.get_submodule(name).register_forward_pre_hook(_checker(name, form, found)) for name in layers]
+    found = {name: Tally(form, axis_of(network.get_submodule(name))) for name in layers}
+    chosen, device = evenly(calib, rows), next(network.parameters()).device
+    for verb in ("observe", "add") if form.scale == "per_tensor" else ("add",):
+        with watching(network, {name: getattr(tally, verb) for name, tally in found.items()}):
+            for batch in chosen.batches(device):
+                network(**batch)
+    return as_curves([tally.theory() for tally in found.values() if tally.sums[0]])
+
+
+@contextmanager
+def watching(network: nn.Module, looks: Mapping[str, Callable[[Tensor], None]]) -> Iterator[None]:
+    """Inside: each named layer's input goes to its function first."""
+    handles = [
+        network.get_submodule(name).register_forward_pre_hook(lambda layer, args, look=look: look(args[0]))
+        for name, look in looks.items()
+    ]
     try:
-        network(**calib.rows(chosen, next(network.parameters()).device))
+        yield
     finally:
         for handle in handles:
             handle.remove()
-    return as_curves([found[name] for name in layers if name in found])
-
-
-def _checker(name: str, form: LzsForm, found: dict[str, Theory]) -> Any:
-    def look(layer: nn.Module, args: tuple[Any, ...]) -> None:
-        found[name] = check(args[0], form, axis_of(layer))
-
-    return look
 
 
 def as_curves(found: Sequence[Theory]) -> dict[str, Any]:

@@ -8,18 +8,22 @@ the stream is bit j % 8 of byte j // 8. The last byte is filled up with zeros. W
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 from zlib import crc32
+from zlib import error as ZlibError
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from dqbench.errors import UserError
 
 MAX_WIDTH = 32
 SEAL = "crc32"
+UNREADABLE = (AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError, SafetensorError, ZlibError)
 
 
 def packed_bytes(count: int, width: int) -> int:
@@ -97,3 +101,27 @@ def checksum(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> int:
         total = crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), total)
         total = crc32(tensor.flatten().view(torch.uint8).numpy(), total)
     return total
+
+
+@contextmanager
+def readable(what: str) -> Iterator[None]:
+    """Inside: whatever damaged or foreign content makes a reader raise becomes a UserError, one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except UNREADABLE as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+        raise UserError(f"{what} is truncated or altered: {reason}") from error
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """'float32'."""
+    return str(dtype).removeprefix("torch.")
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The dtype that name_of() spelt. Raises ValueError for another word."""
+    if not isinstance(dtype := getattr(torch, name, None), torch.dtype):
+        raise ValueError(f"{name} is no dtype of tensors")
+    return dtype

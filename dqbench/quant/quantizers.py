@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,8 @@ KINDS = {  # of quantizers in a checkpoint -> the classes that rebuild them with
     "zero_suppression": "dqbench.quant.dynamic:LzsQuantizer",
     "block_format": "dqbench.quant.dynamic:BlockQuantizer",
     "two_stage": "dqbench.quant.residual_acts:TwoStageQuantizer",
+    "binned": "dqbench.quant.centroid_acts:BinnedQuantizer",
+    "time_bins": "dqbench.quant.time_bins:TimeBins",
 }
 
 
@@ -115,7 +117,7 @@ def weight_grid(weight: Tensor, n_bits: int, rule: WeightRule, split: int = 0) -
     """A weight's grid, in float32 or wider. weight: [O, I, ...]; split > 0: [:, :split], [:, split:] have their own."""
     flat = weight.detach().to(torch.promote_types(weight.dtype, torch.float32)).flatten(1)
     qmin, qmax = qrange(n_bits, rule.signed)
-    spans = list(column_spans(flat.shape[1], rule, split * (flat.shape[1] // weight.shape[1])))
+    spans = column_spans(flat.shape[1], rule.group_size, split * (flat.shape[1] // weight.shape[1]))
     chosen = [choose(flat[:, first:end], n_bits, rule) for first, end in spans]
     shape = (-1, *[1] * (weight.ndim - 1))
     if len(spans) == 1:
@@ -127,12 +129,14 @@ def weight_grid(weight: Tensor, n_bits: int, rule: WeightRule, split: int = 0) -
     return Grid(scale, zero_point, qmin, qmax)
 
 
-def column_spans(columns: int, rule: WeightRule, split: int) -> Iterator[tuple[int, int]]:
-    """Column ranges of a flattened weight [O, columns] that have scales of their own."""
-    size = rule.group_size if rule.granularity == "per_group" else columns
-    for low, high in ((0, split), (split, columns)) if split else ((0, columns),):
-        for first in range(low, high, size):
-            yield first, min(first + size, high)
+def column_spans(columns: int, group_size: int | None, split: int) -> list[tuple[int, int]]:
+    """(first, end) of the columns of a flattened weight [O, columns] that share a scale: groups, None for all columns.
+
+    split > 0: those before that column and those from it on are apart.
+    """
+    parts = ((0, split), (split, columns)) if split else ((0, columns),)
+    size = group_size or columns
+    return [(first, min(first + size, end)) for low, end in parts for first in range(low, end, size)]
 
 
 def choose(flat: Tensor, n_bits: int, rule: WeightRule) -> tuple[Tensor, Tensor]:
@@ -162,6 +166,9 @@ class ActQuantizer(nn.Module):
                 return x
         return fake_quantize(x, self.scale, self.zero_point, self.qmin, self.qmax)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        return super()._apply(moving(fn), recurse)
+
     def spec(self) -> dict[str, Any]:
         """What rebuilds this module before its buffers are loaded."""
         return {"kind": "uniform", "n_bits": self.n_bits, "signed": self.signed}
@@ -173,6 +180,11 @@ class ActQuantizer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"n_bits={self.n_bits}, signed={self.signed}"
+
+
+def moving(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """`fn` of nn.Module._apply() where it moves tensors: ranges stay float32 when a network is cast to 16 bits."""
+    return lambda values: fn(values) if values.is_meta else values.to(fn(values).device)
 
 
 class SplitQuantizer(nn.Module):

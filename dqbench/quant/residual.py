@@ -89,6 +89,8 @@ class StageOne:
 
 def stage_one(flat: Tensor, stage: StageOne) -> tuple[Tensor, Tensor, Tensor]:
     """(codes less the zero point, int16 [O, M]; scale as stored, zero_point uint8: [O, G]) of flat: [O, M] float32."""
+    if not flat.numel():
+        raise UserError(f"a weight of shape {list(flat.shape)} is empty: there is no range to choose")
     qmin, qmax = bounds(stage.n_bits, stage.symmetric)
     parts = flat.split(stage.group_size, dim=1)
     scale, zero_point = (

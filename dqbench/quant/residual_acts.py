@@ -6,7 +6,7 @@ result does not depend on the batch around it. Fake quantization: what would be 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dqbench.errors import UserError, check_choice
 from dqbench.quant import sparse_formats
 from dqbench.quant.functional import fake_quantize
+from dqbench.quant.quantizers import moving
 from dqbench.quant.residual import (
     Codebook,
     Zeros,
@@ -31,6 +32,8 @@ from dqbench.quant.residual import (
 )
 from dqbench.quant.thresholds import TIE, Threshold, tau_of
 
+NUMBER_BITS = 32
+ONE_BIT = ("dead_zone", 1)  # the codebook without a step
 PER_BATCH = 2**15  # elements of each calibration batch that ranges are chosen from, beside the batch's extremes
 AT_MOST = 2**22  # of these in all
 
@@ -67,6 +70,18 @@ class ActTwoStage:
         if {self.threshold.scope, self.codebook.scope} != {"tensor"}:
             raise UserError("method.act: thresholds and codebooks of activations have scope=tensor")
 
+    @property
+    def stored(self) -> tuple[str, ...]:
+        """The numbers of Grids that have to be stored to quantize with them; the others are 0, or follow from these."""
+        both = {"low": self.codebook.kind != "uniform_sym", "step": (self.codebook.kind, self.codebook.bits) != ONE_BIT}
+        both["dead"] = self.zeros.rule == "percentile" and self.zeros.value > 0
+        return ("scale", "tau", *(name for name, needed in both.items() if needed))
+
+    def made_bits(self, n_bits: int) -> int:
+        """Bits of the numbers that decode one sample, of a dynamic quantizer: thresholds stay with who encodes."""
+        decoding = [name for name in self.stored if name not in ("tau", "dead")]
+        return NUMBER_BITS * len(decoding) + (0 if self.symmetric else n_bits)
+
 
 class Grids(NamedTuple):
     """Parameters of both stages, [] or [R, 1] each: tau of the residual, dead: |X1| below which it becomes 0."""
@@ -86,7 +101,7 @@ class Meter:
     elements: int = 0
     zeros: int = 0  # of stage 1
     entries: int = 0  # of the residual
-    bits: int = 0
+    bits: int = 0  # of the residual, and of what a dynamic quantizer makes for each sample
 
     @property
     def overhead_bits(self) -> float:
@@ -118,16 +133,17 @@ class Sample:
 
 
 class TwoStageQuantizer(nn.Module):
-    """Fake quantization of a tensor in two stages; buffers, shape []: those of Grids. Not an ActQuantizer: its ranges
-    are chosen by collecting().
+    """Fake quantization of a tensor in two stages. Not an ActQuantizer: its ranges are chosen by collecting().
+
+    Buffers: scale [P], the numbers that rule.stored names; zero_point [], or [0] if symmetric. Both [0] if dynamic.
     """
 
     def __init__(self, n_bits: int, rule: ActTwoStage) -> None:
         super().__init__()
         self.n_bits, self.rule = n_bits, rule
         self.codebook = replace(rule.codebook, scope="channel")  # a channel is one row here
-        for name in Grids._fields:
-            self.register_buffer(name, torch.ones(()) if name in ("scale", "step") else torch.zeros(()))
+        self.register_buffer("scale", torch.zeros(0 if rule.dynamic else len(rule.stored)))
+        self.register_buffer("zero_point", torch.zeros(0 if rule.dynamic or rule.symmetric else ()))
         self.sample: Sample | None = None
         self.meter: Meter | None = None
 
@@ -137,9 +153,17 @@ class TwoStageQuantizer(nn.Module):
             self.sample.add(x)
             return x
         rows = x.float().reshape(len(x) if self.rule.dynamic else 1, -1)
-        stored = Grids(*(getattr(self, name) for name in Grids._fields))
-        grids = self.choose(rows, self.rule.percentiles[0]) if self.rule.dynamic else stored
+        grids = self.choose(rows, self.rule.percentiles[0]) if self.rule.dynamic else self.grids()
         return self.rounded(rows, grids).reshape(x.shape).to(x.dtype)
+
+    def grids(self) -> Grids:
+        """The static parameters, shape []."""
+        known = dict(zip(self.rule.stored, self.scale.unbind(), strict=True))
+        zero = torch.zeros_like(known["scale"])
+        known["zero_point"] = zero if self.rule.symmetric else self.zero_point
+        if self.rule.zeros.rule == "step":
+            known["dead"] = self.rule.zeros.value * known["scale"]
+        return Grids(**dict.fromkeys(Grids._fields, zero) | known)
 
     def rounded(self, rows: Tensor, grids: Grids) -> Tensor:
         """X1 + R^ of rows [R, K], counted where there is a meter."""
@@ -182,8 +206,10 @@ class TwoStageQuantizer(nn.Module):
         row = self.sample.row()
         tried = [self.choose(row, percentile) for percentile in self.rule.percentiles]
         errors = [(self.rounded(row, grids) - row).square().mean().item() for grids in tried]
-        for name, values in tried[errors.index(min(errors))]._asdict().items():
-            getattr(self, name).copy_(values.reshape(()))
+        best = tried[errors.index(min(errors))]
+        self.scale.copy_(torch.cat([getattr(best, name).flatten() for name in self.rule.stored]))
+        if not self.rule.symmetric:
+            self.zero_point.copy_(best.zero_point.reshape(()))
 
     def measure(self, base: Tensor, support: Tensor) -> None:
         """Let the meter count a batch: base and support, bool, [R, K]."""
@@ -192,7 +218,10 @@ class TwoStageQuantizer(nn.Module):
         self.meter.elements += support.numel()
         self.meter.zeros += int((base == 0).sum())
         self.meter.entries += int(support.sum())
-        self.meter.bits += 8 * size
+        self.meter.bits += 8 * size + self.rule.dynamic * len(support) * self.rule.made_bits(self.n_bits)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        return super()._apply(moving(fn), recurse)
 
     def spec(self) -> dict[str, Any]:
         """What rebuilds this module before its buffers are loaded."""

@@ -19,7 +19,10 @@ from dqbench.quant.thresholds import Threshold
 
 @dataclass
 class Search:
-    """What threshold.rule=calib tries: shares of survivors, at most `budget` bits per weight, on `rows` inputs."""
+    """What threshold.rule=calib tries: shares of survivors, on `rows` calibration inputs.
+
+    budget: bits per weight that a layer's residual may add to what the layer stores without one, at any width.
+    """
 
     grid: list[float]
     budget: float
@@ -28,6 +31,8 @@ class Search:
     def __post_init__(self) -> None:
         if not self.grid or not all(0 <= rho <= 1 for rho in self.grid):
             raise UserError(f"method.weight.search.grid={self.grid}; allowed: one or more shares from 0 to 1")
+        if not self.budget >= 0:
+            raise UserError(f"method.weight.search.budget={self.budget} is out of range; allowed: 0 or more")
         if self.rows < 1:
             raise UserError(f"method.weight.search.rows={self.rows} is out of range; allowed: 1 or more")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from math import prod
+from math import floor, lgamma, log, prod
 from typing import Any
 
 import torch
@@ -24,9 +24,8 @@ from dqbench.quant.residual import (
     stage_one,
     worth_storing,
 )
-from dqbench.quant.sparse_formats import entropy_bits
 from dqbench.quant.storage import Packed
-from dqbench.quant.thresholds import Threshold, expected_share, spread, survivors
+from dqbench.quant.thresholds import SCOPES, Threshold, expected_share, spread, survivors
 
 VERSION = 1
 
@@ -100,13 +99,33 @@ class TwoStageWeight:
 
 
 def expected_overhead(shape: Sequence[int], stage: StageOne, threshold: Threshold, codebook: Codebook) -> int:
-    """Bits that a weight [O, ...] will take beside the codes of stage 1, as far as its shape and the rules tell."""
-    count, channels = prod(shape), shape[0]
-    groups = channels * -(-count // channels // stage.group_size)
-    scopes = {"tensor": 1, "channel": channels, "group": groups}[codebook.scope]
+    """Bits that a weight [O, ...] will take beside dense codes of stage 1, as far as its shape and the rules tell.
+
+    The residual: its codes, and as many bits as tell its places from all others that the rule could have chosen. With
+    rule=quantile that is less than any format stores, unless the places follow a pattern.
+    """
+    columns = prod(shape[1:])
+    scopes = {scope: scopes_of(shape[0], columns, scope, stage.group_size) for scope in SCOPES}
+    kept = [(size, times, size * expected_share(threshold, size)) for size, times in scopes[threshold.scope]]
+    rest = sum(times * (choice_bits(size, count) + codebook.bits * count) for size, times, count in kept)
+    groups, own = (sum(times for _, times in scopes[scope]) for scope in ("group", codebook.scope))
     numbers = 1 if codebook.kind == "uniform_sym" else 2
     scales = groups * (16 if stage.symmetric else 16 + stage.n_bits)
-    return scales + 16 * numbers * scopes + round(count * entropy_bits(expected_share(threshold), codebook.bits))
+    return scales + 16 * numbers * own + floor(rest)
+
+
+def choice_bits(size: int, count: float) -> float:
+    """log2 of the number of ways to choose `count` of `size` places: about size times the entropy H(count / size)."""
+    return (lgamma(size + 1) - lgamma(count + 1) - lgamma(size - count + 1)) / log(2)
+
+
+def scopes_of(rows: int, columns: int, scope: str, group_size: int) -> list[tuple[int, int]]:
+    """(elements, how many such) of the scopes of a matrix, as per_scope() makes them."""
+    if scope == "tensor":
+        return [(rows * columns, 1)]
+    size = columns if scope == "channel" else group_size
+    parts = [(size, rows * (columns // size)), (columns % size, rows)]
+    return [(size, times) for size, times in parts if size and times]
 
 
 def unpack(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> Tensor:

@@ -11,7 +11,8 @@ codes [n, m] have n_bits each, support [n, m] says which are there; N = n m, K e
 | blk8    | blocks of 256: counts, uint8 (full ones: 0, listed in `full`); indices; values | N / 32 + K (b + 8)       |
 | rle     | runs: zeros before each entry, k bits; 2^k - 1: as many zeros and no entry    | K (k + b) + k per escape  |
 
-Every tensor is rounded up to whole bytes. A full matrix in `dense` has N b bits without a spare code.
+Every tensor is rounded up to whole bytes. A full matrix in `dense` has N b bits without a spare code. A header says
+what the tensors do not; it has no checksum: the weight storage that holds it is sealed as a whole.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from dqbench.errors import UserError, check_choice
 from dqbench.quant import packing
-from dqbench.quant.packing import check_seal, packed_bytes, seal
+from dqbench.quant.packing import packed_bytes, readable
 
 VERSION = 1
 BLOCK = 256
@@ -55,7 +56,7 @@ def pack(
         by_column = layout == "csc"
         entries = codes.T[support.T] if by_column else codes[support]
         tensors["values"] = packing.pack(entries, n_bits)
-    return tensors, seal(tensors, {**header, **own})
+    return tensors, {**header, **own}
 
 
 def unpack(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
@@ -63,7 +64,11 @@ def unpack(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> tuple[Te
     if header.get("version") != VERSION or header.get("format") not in FORMATS:
         found = f"format {header.get('format')}, version {header.get('version')}"
         raise UserError(f"packed matrix: {found}; readable: {', '.join(FORMATS)}, version {VERSION}")
-    check_seal(tensors, header, f"packed matrix of format {header['format']}")
+    with readable(f"packed matrix of format {header['format']}"):
+        return _unpack(tensors, header)
+
+
+def _unpack(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     layout, shape, n_bits, entries = (header[key] for key in ("format", "shape", "bits", "entries"))
     if layout == "dense":
         width = dense_width(n_bits, header["spare"])

@@ -2,29 +2,33 @@
 
 A method sets `layer.weight_storage` to anything with pack() and header(), usually a Packed. header()["kind"] names the
 function of KINDS that rebuilds the weight, bit-equal to layer.weight. The header is JSON and sealed: packing.seal().
+save_storages() writes them beside a network's state dict, as the cache has them; export.py writes the compact file.
 """
 
 from __future__ import annotations
 
 import json
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from safetensors import SafetensorError, safe_open
+import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dqbench.errors import UserError
-from dqbench.quant.packing import check_seal, nbytes, seal
+from dqbench.quant.packing import check_seal, name_of, nbytes, readable, seal
 
 FORMAT, VERSION = "dqbench.weight_storage", 1
 KINDS = {  # kind of a weight storage -> the function (tensors, header) -> weight
     "two_stage": "dqbench.quant.residual_weights:unpack",
     "block_format": "dqbench.quant.block_weights:unpack",
     "uniform": "dqbench.quant.uniform:unpack",
+    "multi_binary": "dqbench.quant.multi_binary:unpack",
+    "codebook": "dqbench.quant.codebook:unpack",
 }
 
 
@@ -63,7 +67,26 @@ def unpack(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> Tensor:
     if kind not in KINDS:
         raise UserError(f"weight storage of kind {kind} is unknown; known: {', '.join(KINDS)}")
     check_seal(tensors, header, f"weight storage of kind {kind}")
-    return pkgutil.resolve_name(KINDS[kind])(tensors, header)
+    with readable(f"weight storage of kind {kind}"):
+        return pkgutil.resolve_name(KINDS[kind])(tensors, header)
+
+
+def recast(storage: WeightStorage, weight: Tensor, name: str) -> Packed:
+    """The storage of `weight`, in whose dtype it unpacks: a network may have been cast after it was quantized.
+
+    Raises UserError where that is not what the storage holds: then something else has changed the weight.
+    """
+    header = {**storage.header(), "dtype": name_of(weight.dtype)}
+    found = Packed(storage.pack(), seal(storage.pack(), header))
+    if not torch.equal(unpack(found.tensors, found.content), weight.detach().cpu()):
+        raise UserError(f"{name}.weight is not what its storage holds: it was changed after it was quantized")
+    return found
+
+
+def check_filled(model: nn.Module, layers: Iterable[str]) -> None:
+    """Raise UserError where a layer has no weights: there is no range to choose, and nothing to store."""
+    if empty := [name for name in layers if not model.get_submodule(name).weight.numel()]:
+        raise UserError(f"layers without any weights cannot be quantized: {', '.join(empty)}; add them to method.skip")
 
 
 def stored_bits(storage: WeightStorage) -> int:
@@ -90,21 +113,19 @@ def save_storages(model: nn.Module, file: Path) -> None:
 def load_storages(model: nn.Module, file: Path) -> None:
     """Give the layers the storages that save_storages() wrote. Raises UserError for a damaged or foreign file."""
     for name, (tensors, header) in read_storages(file).items():
-        check_seal(tensors, header, f"{file}, layer {name}")
-        model.get_submodule(name).weight_storage = Packed(tensors, header)
+        with readable(f"{file}, layer {name}"):
+            check_seal(tensors, header, f"{file}, layer {name}")
+            model.get_submodule(name).weight_storage = Packed(tensors, header)
 
 
 def read_storages(file: Path) -> dict[str, tuple[dict[str, Tensor], dict[str, Any]]]:
     """(tensors, header) by layer."""
-    try:
-        with safe_open(file, "pt") as content:
-            metadata = content.metadata() or {}
-            if (metadata.get("format"), metadata.get("version")) != (FORMAT, str(VERSION)):
-                raise UserError(f"{file} holds no {FORMAT} of version {VERSION}")
-            found = {name: ({}, header) for name, header in json.loads(metadata["headers"]).items()}
-            for key in content.keys():  # noqa: SIM118 (not a dict)
-                name, _, tensor = key.rpartition("/")
-                found[name][0][tensor] = content.get_tensor(key)
-    except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
-        raise UserError(f"{file} is truncated or altered: {' '.join(str(error).split())[:160]}") from error
+    with readable(str(file)), safe_open(file, "pt") as content:
+        metadata = content.metadata() or {}
+        if (metadata.get("format"), metadata.get("version")) != (FORMAT, str(VERSION)):
+            raise UserError(f"{file} holds no {FORMAT} of version {VERSION}")
+        found = {name: ({}, header) for name, header in json.loads(metadata["headers"]).items()}
+        for key in content.keys():  # noqa: SIM118 (not a dict)
+            name, _, tensor = key.rpartition("/")
+            found[name][0][tensor] = content.get_tensor(key)
     return found

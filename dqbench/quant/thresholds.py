@@ -2,7 +2,8 @@
 
 | rule     | value is                                                                                               |
 |----------|--------------------------------------------------------------------------------------------------------|
-| quantile | rho, the share that survives: tau is the (1 - rho)-quantile of |R|, nearest rank                       |
+| quantile | rho, the share that survives: tau is the (1 - rho)-quantile of |R|, nearest rank; of a short scope at   |
+|          | least one element survives, so that 0.01 keeps 1 in 16 of groups of 16; rho = 0 keeps none             |
 | l2, l1   | k: tau = k rms(R), tau = k mean|R|                                                                     |
 | step     | kappa: tau = kappa scale / 2; kappa = 1 keeps exactly what stage 1 clipped                             |
 | energy   | eta: the fewest elements that hold this share of sum R^2                                               |
@@ -66,10 +67,15 @@ def survivors(residual: Tensor, scale: Tensor, threshold: Threshold, group_size:
     return magnitude > spread(tau, residual.shape[1], group_size)
 
 
-def expected_share(threshold: Threshold) -> float:
-    """The share of an unclipped residual, uniform in +-scale / 2, that survives; 0 for abs and rd."""
+def expected_share(threshold: Threshold, count: int) -> float:
+    """The share of a scope of `count` elements that survives; exact for quantile (and calib, were `value` its choice).
+
+    The other rules: of an unclipped residual, uniform in +-scale / 2; 0 for abs and rd.
+    """
     value, rule = threshold.value, threshold.rule
-    known = {"quantile": value, "calib": value, "energy": 1 - (1 - min(value, 1)) ** (1 / 3)}
+    if rule in ("quantile", "calib"):
+        return survivors_of(count, value) / count
+    known = {"energy": 1 - (1 - min(value, 1)) ** (1 / 3)}
     known |= {"l2": 1 - value / 3**0.5, "l1": 1 - value / 2, "step": 1 - value}
     return max(0.0, known.get(rule, 0.0))
 
@@ -79,8 +85,13 @@ def tau_of(magnitude: Tensor, threshold: Threshold) -> Tensor:
     return RULES[threshold.rule](magnitude, threshold.value)
 
 
+def survivors_of(count: int, rho: float) -> int:
+    """How many of `count` elements rule=quantile keeps: rho of them, rounded, and at least one unless rho is 0."""
+    return max(round(rho * count), int(rho > 0))
+
+
 def _quantile(magnitude: Tensor, rho: float) -> Tensor:
-    rank = magnitude.shape[1] - round(rho * magnitude.shape[1])
+    rank = magnitude.shape[1] - survivors_of(magnitude.shape[1], rho)
     return magnitude.kthvalue(rank, dim=1).values if rank else magnitude.new_zeros(len(magnitude))
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dqbench.errors import UserError
 from dqbench.quant import packing
-from dqbench.quant.quantizers import Grid, WeightRule
+from dqbench.quant.quantizers import Grid, WeightRule, column_spans
 from dqbench.quant.storage import Packed
 
 KIND, VERSION = "uniform", 1
@@ -28,7 +28,7 @@ def store(weight: Tensor, grid: Grid, rule: WeightRule, split: int) -> Packed | 
     """
     flat = weight.detach().cpu().flatten(1)
     n_bits, split = (grid.qmax - grid.qmin).bit_length(), split * (flat.shape[1] // weight.shape[1])
-    spans = spans_of(flat.shape[1], rule.group_size, split)
+    spans = column_spans(flat.shape[1], rule.group_size, split)
     rows, firsts = slice(1 if rule.granularity == "per_tensor" else None), [first for first, _ in spans]
     full = (values.expand(weight.shape).flatten(1).cpu() for values in (grid.scale, grid.zero_point))
     scale, zero_point = (values[rows, firsts] for values in full)
@@ -52,16 +52,9 @@ def unpack(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> Tensor:
     count = torch.Size(shape).numel()
     codes = packing.unpack(tensors["codes"], count, header["bits"]).reshape(shape[0], -1).long()
     zero_point = unpack_whole(tensors["zero_point"], scale.numel(), header["zero_point"]).reshape(scale.shape)
-    spans = spans_of(codes.shape[1], header["group_size"], header["split"])
+    spans = column_spans(codes.shape[1], header["group_size"], header["split"])
     whole = codes - spread(zero_point, spans)
     return (whole.to(scale.dtype) * spread(scale, spans)).reshape(shape).to(getattr(torch, header["dtype"]))
-
-
-def spans_of(columns: int, group_size: int | None, split: int) -> list[tuple[int, int]]:
-    """(first, end) of the columns that share a scale, as quantizers.column_spans() makes them."""
-    parts = ((0, split), (split, columns)) if split else ((0, columns),)
-    size = group_size or columns
-    return [(first, min(first + size, end)) for low, end in parts for first in range(low, end, size)]
 
 
 def spread(values: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:

@@ -100,6 +100,7 @@ def test_shipped_pipeline_is_small_and_complete():
     assert pipe(["      27+58=", "   sort 312="], num_inference_steps=8).texts == ["85", "123"]
 
 
+@pytest.mark.slow
 def test_shipped_weights_are_the_ones_that_were_measured():
     pipe = MaskedDiffusionPipeline.from_pretrained(SHIPPED, dtype=torch.float32)
     recorded, card = json.loads((SHIPPED / "training.json").read_text()), (SHIPPED / "README.md").read_text()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from dqbench.arguments import flatten, nest
 from dqbench.errors import UserError
+from dqbench.models import locate
 from dqbench.quant.plan import LAYER_TYPES
 
 Macs = Counter[tuple[str, str]]  # (module name, kind) -> multiply-accumulates, in execution order
@@ -51,6 +54,13 @@ def create(name: str, config: Mapping[str, Any]) -> nn.Module:
     if not (inspect.isclass(cls) and issubclass(cls, networks.PreTrainedModel)):
         raise UserError(f"architecture._class_name={name} is no diffusers model; for example UNet2DModel")
     return cls(cls.config_class(**config))
+
+
+def untrained(folder: Path, denoiser: str) -> nn.Module:
+    """The denoiser of a pipeline's folder with random weights, of the class that model_index.json names."""
+    cls = locate(".".join(json.loads((folder / "model_index.json").read_text())[denoiser]))
+    config = json.loads((folder / denoiser / "config.json").read_text())
+    return cls.from_config(config) if hasattr(cls, "from_config") else cls(cls.config_class.from_dict(config))
 
 
 @torch.no_grad()

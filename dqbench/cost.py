@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 FULL_PRECISION = "dqbench.methods.fp32.FP32"
 SCALE_BITS = 32
+BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}  # of a number that is not quantized
 OTHER = "norms and other parameters"
 CONVENTION = (
     "BOPs = sum over conv and linear layers of MACs x weight bits x activation bits, full precision 32 x 32; "
@@ -107,11 +108,14 @@ def of_layer(name: str, kind: str, macs: int, layer: nn.Module | None) -> LayerC
     return LayerCost(name, kind, macs, weights, total - weights)
 
 
-def cost(layers: Sequence[LayerCost], plan: Plan, bits: Bits, attention_groups: int = 1) -> Cost:
+def cost(
+    layers: Sequence[LayerCost], plan: Plan, bits: Bits, attention_groups: int = 1, dtype: str = "float32"
+) -> Cost:
     """The totals; `bits` gives the widths of the attention matmuls, `plan` those of the layers.
 
-    attention_groups: scales of each quantizer at the attention matmuls.
+    attention_groups: scales of each quantizer at the attention matmuls; dtype: of what is not quantized.
     """
+    kept = BYTES[dtype]
     matmuls = [layer for layer in layers if is_attention(layer)]
     products = [layer for layer in layers if not is_attention(layer)]
     chosen = [layer for layer in products if layer.name in plan and 0 < plan[layer.name].weight < 32] or products
@@ -127,11 +131,11 @@ def cost(layers: Sequence[LayerCost], plan: Plan, bits: Bits, attention_groups: 
         bops_fp32=macs * 32 * 32,
         bops_with_attention=round(bops + bops_attention),
         bops_fp32_with_attention=(macs + macs_attention) * 32 * 32,
-        size_bytes=sum(bytes_of(layer, plan, bits, attention_groups) for layer in layers),
+        size_bytes=sum(bytes_of(layer, plan, bits, attention_groups, kept) for layer in layers),
         size_bytes_fp32=sum(4 * layer.params for layer in layers),
-        bits_per_weight=8 * sum(weight_bytes(layer, plan) for layer in chosen) / weights,
+        bits_per_weight=8 * sum(weight_bytes(layer, plan, kept) for layer in chosen) / weights,
         bits_per_act=mean_act_bits(acts, plan),
-        convention=CONVENTION,
+        convention=CONVENTION.replace("32 bits where not", f"{8 * kept} bits where not"),
     )
 
 
@@ -162,20 +166,20 @@ def bops_of(layer: LayerCost, plan: Plan, bits: Bits) -> float:
     return layer.macs * left * right
 
 
-def bytes_of(layer: LayerCost, plan: Plan, bits: Bits, attention_groups: int = 1) -> int:
-    """Bytes stored for a layer: weight, biases, and the parameters of its quantizers."""
+def bytes_of(layer: LayerCost, plan: Plan, bits: Bits, attention_groups: int = 1, kept: int = 4) -> int:
+    """Bytes of a layer: weight, biases, parameters of its quantizers; `kept` for each number that is not quantized."""
     if is_attention(layer):
         return sum(qparam_bytes(attention_groups, width) for width in widths_of(layer, plan, bits))
     own = plan.get(layer.name)
     act = qparam_bytes(own.act_groups, own.act) if own else 0
-    others = 0 if own and own.weight == 0 else 4 * layer.others
-    return weight_bytes(layer, plan) + others + act
+    others = 0 if own and own.weight == 0 else kept * layer.others
+    return weight_bytes(layer, plan, kept) + others + act
 
 
-def weight_bytes(layer: LayerCost, plan: Plan) -> int:
+def weight_bytes(layer: LayerCost, plan: Plan, kept: int = 4) -> int:
     """Bytes of a layer's weight with its scales, zero points, codebooks and indices."""
     if layer.name not in plan:
-        return 4 * layer.weights
+        return kept * layer.weights
     own = plan[layer.name]
     codes = whole_bytes(layer.weights * own.weight) + whole_bytes(own.weight_overhead_bits)
     return codes + qparam_bytes(own.weight_groups, own.weight)
@@ -231,9 +235,9 @@ def report(cfg: DictConfig) -> dict[str, Any]:
     return {
         "model": model.name,
         "bits": asdict(bits),
-        "total": asdict(cost(found, plan, bits)),
+        "total": asdict(cost(found, plan, bits, dtype=model.dtype)),
         "notes": notes(cfg),
-        "layers": [entry(layer, plan, bits) for layer in found],
+        "layers": [entry(layer, plan, bits, BYTES[model.dtype]) for layer in found],
     }
 
 
@@ -244,7 +248,7 @@ def notes(cfg: DictConfig) -> list[str]:
     return later + ([BOUND] if "threshold" in base.get("weight", {}) else [])
 
 
-def entry(layer: LayerCost, plan: Plan, bits: Bits) -> dict[str, Any]:
+def entry(layer: LayerCost, plan: Plan, bits: Bits, kept: int) -> dict[str, Any]:
     """One line of the per-layer table."""
     left, right = widths_of(layer, plan, bits)
     return {
@@ -254,7 +258,7 @@ def entry(layer: LayerCost, plan: Plan, bits: Bits) -> dict[str, Any]:
         "macs": layer.macs,
         "bits": [left, right],
         "bops": bops_of(layer, plan, bits),
-        "size_bytes": bytes_of(layer, plan, bits),
+        "size_bytes": bytes_of(layer, plan, bits, kept=kept),
     }
 
 

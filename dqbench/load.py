@@ -31,6 +31,7 @@ def from_packed(path: Path | str, device: str = "cpu") -> DiffusionPipeline:
     """
     import torch
 
+    from dqbench.architectures import untrained
     from dqbench.models import attach_anatomy, fix_layout, locate
     from dqbench.quant.checkpoint import load_scheduler
     from dqbench.quant.packing import readable
@@ -39,7 +40,7 @@ def from_packed(path: Path | str, device: str = "cpu") -> DiffusionPipeline:
     tensors, content = read_network(folder / manifest["denoiser"] / PACKED)
     with readable(f"{folder / manifest['denoiser'] / PACKED}"):
         model = Model(**content["quantization"]["model"])
-        network = rebuild(architecture(folder, model.denoiser), tensors, content)
+        network = rebuild(untrained(folder, model.denoiser), tensors, content)
     parts = {"dtype": network.dtype, "local_files_only": True, model.denoiser: network}
     pipe = locate(model.pipeline).from_pretrained(folder, **parts).to(torch.device(device))
     pipe.scheduler = load_scheduler(folder / "scheduler" / "scheduler_config.json", pipe)  # some classes replace it
@@ -49,15 +50,6 @@ def from_packed(path: Path | str, device: str = "cpu") -> DiffusionPipeline:
     if manifest["sampler"] is not None:
         pipe.sampler = Sampler(**manifest["sampler"])
     return pipe
-
-
-def architecture(folder: Path, denoiser: str) -> nn.Module:
-    """The denoiser of a packed folder, its weights still random, of the class that model_index.json names."""
-    from dqbench.models import locate
-
-    cls = locate(".".join(json.loads((folder / "model_index.json").read_text())[denoiser]))
-    config = json.loads((folder / denoiser / "config.json").read_text())
-    return cls.from_config(config) if hasattr(cls, "from_config") else cls(cls.config_class.from_dict(config))
 
 
 def rebuild(network: nn.Module, tensors: dict[str, Tensor], content: dict[str, Any]) -> nn.Module:

@@ -90,7 +90,7 @@ def bill(cell: Cell, quantized: Quantized) -> dict[str, Any]:
     plan, bits = installed(student, cell.bits)
     config = network.config.to_dict() if hasattr(network.config, "to_dict") else network.config
     found = cost.layers(network, input_shapes(cell.model, config))
-    return asdict(cost.cost(found, plan, bits, attention_groups(student)))
+    return asdict(cost.cost(found, plan, bits, attention_groups(student), cell.model.dtype))
 
 
 def timing(stages: Stages) -> dict[str, float]:

@@ -17,7 +17,7 @@ from torch import nn
 
 from dqbench import cost as cost_module
 from dqbench.architectures import build
-from dqbench.config import Bits, Model, Sampler, data_root
+from dqbench.config import Bits, Model, Sampler, compose, data_root
 from dqbench.cost import cost, layers
 from dqbench.errors import UserError
 from dqbench.quant.plan import LAYER_TYPES, LayerBits, select, split
@@ -330,3 +330,23 @@ def test_sampler_presets_drive_their_scheduler(path) -> None:
     repeats = {"plms50": 1, "pndm50": 9}.get(path.stem, 0)  # forwards beyond one per step
     assert len(scheduler.timesteps) == sampler.steps + repeats
     assert all(scheduler.config[key] == value for key, value in sampler.kwargs.items())
+
+
+def test_what_stays_in_half_precision_is_billed_at_16_bits() -> None:
+    found, plan = layers(Toy(), {"sample": [2, 4, 4]}), select(Toy(), W4A8, ["linear"], {})
+    full, half = (cost(found, plan, W4A8, dtype=dtype) for dtype in ("float32", "bfloat16"))
+    kept = sum(layer.params for layer in found) - sum(layer.weights for layer in found if layer.name == "conv")
+    assert full.size_bytes - half.size_bytes == 2 * kept and full.bits_per_weight == half.bits_per_weight
+    assert half.size_bytes_fp32 == full.size_bytes_fp32 and "16 bits where not quantized" in half.convention
+
+
+def test_the_bill_of_llada_is_that_of_its_published_parts() -> None:
+    """6.979 G quantized parameters and 1.036 G of 16 bits; 2 planes with 16-bit scales in blocks of 128 columns."""
+    cfg = compose(["model=llada_8b_base", "method=quant_dllm", "bits=w2a32", "model.inputs.input_ids=[16]"])
+    total = cost_module.report(cfg)["total"]
+    quantized = 32 * (4 * 4096**2 + 3 * 4096 * 12288)
+    assert quantized == 6_979_321_856 and total["params"] - quantized == 1_036_259_328
+    wide = 2 * (1 + 16 / 128 + 16 / 12288)
+    square = 2 * (1 + 16 / 128 + 16 / 4096)
+    assert round(square, 3) == 2.258 and wide < total["bits_per_weight"] < square
+    assert total["size_bytes"] == pytest.approx(quantized * 2.255 / 8 + 2 * 1_036_259_328, rel=1e-3)

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from dqbench import cost, export, load
 from dqbench.calibration import CalibrationSet
-from dqbench.config import Bits, build, compose, data_root, plain
+from dqbench.config import Bits, build, compose, plain
 from dqbench.errors import UserError
 from dqbench.export import config_of, save_packed
 from dqbench.load import from_packed, held, lines, read_manifest, read_network
@@ -42,10 +42,10 @@ from dqbench.run import run as run_cell
 from dqbench.sampling import generate, set_sampler
 from dqbench.torchao_layout import of_uniform, save_torchao
 from tests.tiny import calibration as calibration_of_tiny
-from tests.tiny import ddim, pipeline
+from tests.tiny import ddim, image_methods, pipeline
 
 ROOT = Path(__file__).resolve().parents[1]
-METHODS = sorted(path.stem for path in (data_root() / "conf" / "method").glob("*.yaml") if path.stem != "fp32")
+METHODS = image_methods()
 LEARNED = ("tfmq", "ptqd", "qdiffusion_")  # slow, and packed as qdiffusion is: at one width
 CASES = [(name, width) for name in METHODS for width in (4, 3) if width == 4 or not name.startswith(LEARNED)]
 SAMPLER = ddim(steps=2, eta=0.5)

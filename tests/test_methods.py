@@ -21,18 +21,16 @@ from dqbench.quant.quantizers import act_quantizers
 from dqbench.quant.storage import unpack
 from dqbench.sampling import generate, set_sampler
 from dqbench.schedulers import QuantizedDDIMScheduler
-from tests.tiny import calibration, ddim, pipeline
+from tests.tiny import calibration, ddim, image_methods, pipeline
 
 METHODS = sorted(path.stem for path in (data_root() / "conf" / "method").glob("*.yaml"))
+QUANTIZED = image_methods()
 TINY = ["recon.iters=4", "recon.iters_act=2", "recon.batch_size=4", "recon.act_init_samples=8"]
 
 
 def method(name: str, *overrides: str):
     built = build(compose([f"method={name}", *TINY, *overrides]).method)
     return replace(built, chains=16) if hasattr(built, "chains") else built
-
-
-QUANTIZED = [name for name in METHODS if name != "fp32" and "image" in getattr(method(name), "modalities", ("image",))]
 
 
 def overrides_of(name: str) -> dict:

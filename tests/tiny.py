@@ -6,9 +6,16 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 
 from dqbench.calibration import CalibrationSet
-from dqbench.config import Recon, Sampler
+from dqbench.config import Recon, Sampler, build, compose, data_root
 from dqbench.models import UnconditionalPipeline
 from dqbench.sampling import set_sampler
+
+
+def image_methods() -> list[str]:
+    """The method presets that quantize an image model's denoiser."""
+    names = sorted(path.stem for path in (data_root() / "conf" / "method").glob("*.yaml"))
+    built = {name: build(compose([f"method={name}"]).method) for name in names if name != "fp32"}
+    return [name for name, method in built.items() if "image" in getattr(method, "modalities", ("image",))]
 
 
 def pipeline(seed: int = 0, sampler: Sampler | None = None, dropout: float = 0.0) -> UnconditionalPipeline:

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from dqbench.architectures import untrained
 from dqbench.config import Model
 from dqbench.errors import UserError
 from dqbench.models import anatomy, attach_anatomy, clone, denoiser, fix_layout, locate
@@ -138,8 +139,7 @@ def load_pipeline(folder: Path | str, device: str = "cpu") -> DiffusionPipeline:
         model = Model(**json.loads(file.read_text())["model"])
         cls = locate(model.pipeline)
         network = folder / model.denoiser
-        component = locate(f"diffusers.{json.loads((network / 'config.json').read_text())['_class_name']}")
-        quantized = component.from_config(component.load_config(network))
+        quantized = untrained(folder, model.denoiser)
         fill(quantized, file, sorted(network.glob("*.safetensors"))[0])
         load_storages(quantized, folder / STORED)
     pipe = cls.from_pretrained(folder, local_files_only=True, **{model.denoiser: quantized})

@@ -13,6 +13,9 @@ import dqbench
 from dqbench.config import Model, compose
 from dqbench.cost import report
 from dqbench.errors import UserError
+from dqbench.export import save_packed
+from dqbench.load import from_packed
+from dqbench.quant.checkpoint import load_pipeline, save_pipeline
 from dqbench.run import Cell
 from dqbench.text.data import answers, ask, token_rows
 from dqbench.text.metrics import Likelihood, TextMetrics
@@ -177,3 +180,16 @@ def test_a_released_checkpoint_is_quantized_where_it_lies(tmp_path):
     (folder / "config.json").unlink()
     with pytest.raises(UserError, match="config.json is missing"):
         Cell(compose(["model=llada_8b_base", "method=rtn", *overrides]))
+
+
+def test_a_quantized_language_model_is_packed_saved_and_loaded(overrides, tmp_path):
+    cell = Cell(compose([*overrides, "method=quant_dllm", "bits=w2a32"]))
+    pipe = cell.load(cell.quantize(cell.calibrate()))
+    ids = token_rows(cell.model, pipe.tokenizer, "english", "held_out", 4)
+    wanted = pipe.model(ids).logits
+    assert not torch.equal(wanted, cell.pipe.model(ids).logits)
+    save_pipeline(pipe, tmp_path / "saved")
+    save_packed(pipe, tmp_path / "packed")
+    for loaded in (load_pipeline(tmp_path / "saved"), from_packed(tmp_path / "packed")):
+        assert torch.equal(loaded.model(ids).logits, wanted)
+        assert loaded("      12+34=", num_inference_steps=4).texts == pipe("      12+34=", num_inference_steps=4).texts

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from bench.reconstruction import rounding
 from bench.units import Case, quantize_activations
-from dqbench.quant.capture import Call
 from dqbench.quant.reconstruct import learn_rounding, learn_steps
+from dqbench.quant.rows import Call
 from tests.reference import module_swap as plain
 
 

@@ -18,8 +18,9 @@ from omegaconf import OmegaConf
 from bench.table import AT_LEAST, AT_MOST, Ratio, interleave, timed
 from bench.units import CPU, Case, cases, network, quantize_activations
 from dqbench.config import Recon, compose
-from dqbench.quant.capture import Call, first_tensor
+from dqbench.quant.capture import first_tensor
 from dqbench.quant.reconstruct import learn_rounding, learn_steps
+from dqbench.quant.rows import Call
 from tests.reference import module_swap as plain
 
 FASTER, OF_LIMIT = 2.5, 1.6

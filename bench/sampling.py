@@ -9,8 +9,9 @@ from torch import nn
 
 from bench.table import AT_MOST, Ratio, interleave, timed
 from bench.units import ACT, BITS, WEIGHT, Network, network
-from dqbench.quant.attach import calibrating, freeze, prepare, quantize_attention, quantize_inputs, skip_splits
+from dqbench.quant.attach import calibrating, freeze, prepare, quantize_attention, quantize_inputs
 from dqbench.quant.plan import select, split
+from dqbench.quant.shortcuts import skip_splits
 
 TARGETS = {"digits_ddpm": 1.35, "ddpm_cifar10": 1.15}
 BATCH = 64

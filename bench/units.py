@@ -23,12 +23,13 @@ from dqbench.quant.attach import (
     prepare,
     quantize_attention,
     quantize_inputs,
-    skip_splits,
 )
-from dqbench.quant.capture import Call, Recorder, Stored
+from dqbench.quant.capture import Recorder
 from dqbench.quant.plan import select, split
 from dqbench.quant.quantizers import ActRule, SplitQuantizer, WeightRule
 from dqbench.quant.reconstruct import Job
+from dqbench.quant.rows import Call, Stored
+from dqbench.quant.shortcuts import skip_splits
 from tests.reference import module_swap as plain
 
 BITS = Bits(weight=4, act=8, attention=8, softmax=8)

@@ -21,11 +21,11 @@ from dqbench.quant.attach import (
     quantize_attention,
     quantize_inputs,
     rounding,
-    skip_splits,
 )
 from dqbench.quant.attention import check_quantizable
 from dqbench.quant.plan import select, split
 from dqbench.quant.quantizers import ActRule, SplitQuantizer, WeightRule, act_quantizers, weight_grid
+from dqbench.quant.shortcuts import skip_splits
 from tests.test_reconstruct import conditional, with_text
 from tests.tiny import calibration, pipeline
 

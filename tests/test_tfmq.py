@@ -25,7 +25,6 @@ from dqbench.quant.attach import (
     prepare,
     quantize_attention,
     quantize_inputs,
-    skip_splits,
 )
 from dqbench.quant.checkpoint import load_denoiser, load_pipeline, save_denoiser, save_pipeline
 from dqbench.quant.clock import clock_of, step_quantizers
@@ -34,6 +33,7 @@ from dqbench.quant.functional import fake_quantize
 from dqbench.quant.plan import select, split
 from dqbench.quant.reconstruct import Job, reconstruct_weights
 from dqbench.quant.running import RunningMinMax, calibrate_static
+from dqbench.quant.shortcuts import skip_splits
 from dqbench.quant.temporal import TemporalBlock, distinct_rows, reconstruct_block, trace_block
 from dqbench.quant.temporal_error import choose_cached, error_table, mismatch, summed_error
 from dqbench.sampling import generate

@@ -24,11 +24,11 @@ from dqbench.quant.attach import (
     prepare,
     quantize_attention,
     quantize_inputs,
-    skip_splits,
 )
 from dqbench.quant.plan import select, split
 from dqbench.quant.quantizers import ActRule, WeightRule
 from dqbench.quant.reconstruct import Job, reconstruct_activations, reconstruct_weights
+from dqbench.quant.shortcuts import skip_splits
 
 
 @dataclass

@@ -20,7 +20,7 @@ from dqbench.calibration import CalibrationSet
 from dqbench.config import OFF, Bits, Calib, Recon, Sampler
 from dqbench.errors import UserError, check_choice
 from dqbench.models import anatomy, clone, denoiser
-from dqbench.quant.attach import find_units, freeze, prepare, quantize_attention, quantize_inputs, skip_splits
+from dqbench.quant.attach import find_units, freeze, prepare, quantize_attention, quantize_inputs
 from dqbench.quant.clock import attach_clock, per_step, step_quantizers
 from dqbench.quant.feature_cache import attach_cache, drop_unused, make_cache
 from dqbench.quant.plan import select, split
@@ -33,6 +33,7 @@ from dqbench.quant.running import (
     check_every_step,
     check_steps,
 )
+from dqbench.quant.shortcuts import skip_splits
 from dqbench.quant.temporal import Features, TemporalBlock, distinct_rows, members, reconstruct_block, trace_block
 from dqbench.quant.temporal_error import (
     check_cacheable,

@@ -23,8 +23,9 @@ from dqbench.config import Recon
 from dqbench.progress import track
 from dqbench.quant.adaround import AdaRound
 from dqbench.quant.attach import QuantLayer, rounding
-from dqbench.quant.capture import Call, Recorder, disk_allows, first_tensor, trace_units
+from dqbench.quant.capture import Recorder, disk_allows, first_tensor, trace_units
 from dqbench.quant.quantizers import ActQuantizer, act_quantizers
+from dqbench.quant.rows import Call
 from dqbench.stages import scratch
 
 log = logging.getLogger(__name__)

@@ -42,10 +42,10 @@ from dqbench.run import run as run_cell
 from dqbench.sampling import generate, set_sampler
 from dqbench.torchao_layout import of_uniform, save_torchao
 from tests.tiny import calibration as calibration_of_tiny
-from tests.tiny import ddim, image_methods, pipeline
+from tests.tiny import ddim, methods_for, pipeline
 
 ROOT = Path(__file__).resolve().parents[1]
-METHODS = image_methods()
+METHODS = methods_for("image")
 LEARNED = ("tfmq", "ptqd", "qdiffusion_")  # slow, and packed as qdiffusion is: at one width
 CASES = [(name, width) for name in METHODS for width in (4, 3) if width == 4 or not name.startswith(LEARNED)]
 SAMPLER = ddim(steps=2, eta=0.5)

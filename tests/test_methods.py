@@ -21,10 +21,10 @@ from dqbench.quant.quantizers import act_quantizers
 from dqbench.quant.storage import unpack
 from dqbench.sampling import generate, set_sampler
 from dqbench.schedulers import QuantizedDDIMScheduler
-from tests.tiny import calibration, ddim, image_methods, pipeline
+from tests.tiny import calibration, ddim, methods_for, pipeline
 
 METHODS = sorted(path.stem for path in (data_root() / "conf" / "method").glob("*.yaml"))
-QUANTIZED = image_methods()
+QUANTIZED = methods_for("image")
 TINY = ["recon.iters=4", "recon.iters_act=2", "recon.batch_size=4", "recon.act_init_samples=8"]
 
 

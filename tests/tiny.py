@@ -11,11 +11,11 @@ from dqbench.models import UnconditionalPipeline
 from dqbench.sampling import set_sampler
 
 
-def image_methods() -> list[str]:
-    """The method presets that quantize an image model's denoiser."""
+def methods_for(modality: str) -> list[str]:
+    """The method presets that quantize models of a kind, image or text."""
     names = sorted(path.stem for path in (data_root() / "conf" / "method").glob("*.yaml"))
     built = {name: build(compose([f"method={name}"]).method) for name in names if name != "fp32"}
-    return [name for name, method in built.items() if "image" in getattr(method, "modalities", ("image",))]
+    return [name for name, method in built.items() if modality in getattr(method, "modalities", ("image", "text"))]
 
 
 def pipeline(seed: int = 0, sampler: Sampler | None = None, dropout: float = 0.0) -> UnconditionalPipeline:

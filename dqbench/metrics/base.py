@@ -84,6 +84,8 @@ class NoScorer:
 
     version: int
 
+    modalities = ("image", "text")
+
     def check(self, reference: str | None, num_samples: int) -> None:
         pass
 

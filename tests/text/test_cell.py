@@ -25,7 +25,9 @@ from dqbench.text.pipeline import MaskedDiffusionPipeline
 from dqbench.text.schedulers import LLaDAScheduler
 from dqbench.text.tokenizer import character_tokenizer
 from tests.text.test_checkpoints import write
+from tests.tiny import methods_for
 
+WEIGHTS_ONLY = ("awq", "quant_dllm", "quant_dllm_official")
 FEW = ["sampler.num_samples=8", "sampler.batch_size=8", "sampler.steps=4", "calib.samples=8", "calib.batch_size=4"]
 FEW += ["metrics.likelihood.count=4", "metrics.likelihood.draws=2", "metrics.bootstrap=2", "tracking=none", "seed=0"]
 
@@ -109,6 +111,7 @@ def test_what_has_no_meaning_for_text_is_refused_early(changes, message, overrid
 def test_image_metrics_are_refused_for_texts(model, tmp_path):
     with pytest.raises(UserError, match="these metrics cannot score text; allowed for model=text_mdlm: metrics=text"):
         Cell(compose(["model=text_mdlm", f"model.path={model}", f"paths.results={tmp_path}", "metrics=digits"]))
+    Cell(compose(["model=text_mdlm", f"model.path={model}", f"paths.results={tmp_path}", "metrics=none"]))
 
 
 @pytest.mark.parametrize("changes", [["metrics=text"], ["calib=mcs"]])
@@ -180,6 +183,18 @@ def test_a_released_checkpoint_is_quantized_where_it_lies(tmp_path):
     (folder / "config.json").unlink()
     with pytest.raises(UserError, match="config.json is missing"):
         Cell(compose(["model=llada_8b_base", "method=rtn", *overrides]))
+
+
+@pytest.mark.parametrize("method", methods_for("text"))
+def test_every_method_for_texts_quantizes_one(method, overrides):
+    bits = "w4a32" if "gptq" in method or method in WEIGHTS_ONLY else "w4a8"
+    small = ["recon.iters=2", "recon.iters_act=2", "recon.batch_size=4", "recon.act_init_samples=4"]
+    cell = Cell(compose([*overrides, f"method={method}", f"bits={bits}", *small]))
+    pipe = cell.load(cell.quantize(cell.calibrate()))
+    ids = token_rows(cell.model, pipe.tokenizer, "english", "held_out", 4)
+    wanted, found = (own.model(ids).logits for own in (cell.pipe, pipe))
+    assert 0 < (found - wanted).norm() / wanted.norm() < 0.5
+    assert any(hasattr(layer, "weight_storage") for layer in pipe.model.modules())
 
 
 def test_a_quantized_language_model_is_packed_saved_and_loaded(overrides, tmp_path):

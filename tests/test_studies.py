@@ -123,7 +123,7 @@ def results(tmp_path):
         row("fp32", 0, (32.0, 32.0), 0.3), row("rtn", 0, (4.1, 4.0), 16.0, 15.0), row("rtn", 1, (4.1, 4.0), 18.0, 14.0),
         row("better", 0, (4.1, 4.0), 9.0, 20.0), row("more", 0, (4.5, 4.5), 8.0, 21.0),
         row("worse", 0, (5.0, 5.0), 8.5, 19.0), row("lean", 0, (4.5, 3.5), 12.0, 18.0),
-        row("old", 0, (4.0, 0.0), 1.0, 30.0),
+        row("old", 0, (4.0, 0.0), 1.0, 30.0), row("tfmq_tiar", 0, (4.1, 4.0), 0.5, 40.0),
     ]  # fmt: skip
     for each in rows:
         each.write(tmp_path / "runs" / each.run_id)

@@ -2,7 +2,7 @@
 
 python -m dqbench.studies.iso_bits [results=DIR] [json=PATH]
 
-One page for each set of comparable rows, as in dqbench.tables; seeds are averaged. A row is on the front where no other
+One page for each set of comparable rows, as in dqbench.tables; seeds are averaged, ablations left out. A row is on the front where no other
 one has as few bits per weight and per activation, and a lower distance.
 """
 
@@ -13,8 +13,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from omegaconf import OmegaConf
+
 from dqbench.comparison import label, spell, title
-from dqbench.config import command
+from dqbench.config import command, data_root
 from dqbench.errors import UserError
 from dqbench.metrics.text import first_fits
 from dqbench.results import Row, rows
@@ -142,17 +144,28 @@ def draw_panel(axes: Axes, found: Sequence[Point], metric: str, key: str) -> Non
         axes.plot(getattr(point, key), point.values[metric], color=color, marker=marker, linestyle="", label=name)
 
 
+def ablations() -> set[str]:
+    """Names of methods with parts switched off, conf/method/ablation: they are no methods of their own."""
+    contents = map(OmegaConf.load, (data_root() / "conf" / "method" / "ablation").glob("*.yaml"))
+    return {str(content.get("name") or content.method.name) for content in contents}
+
+
 def write(results: Path) -> dict[Path, list[dict[str, Any]]]:
     """A page and a picture for each set of comparable rows; their points by page."""
-    pages = {}
-    for name, members in grouped(rows(results)).items():
+    pages, parts = {}, ablations()
+    whole = [row for row in rows(results) if row.config["method"]["name"] not in parts]
+    for name, members in grouped(whole).items():
         available = {key for row in members for key in (row.metrics | row.paired)}
         metrics = [found for kind in (DISTANCES, FIDELITIES) for found in first_fits(available, kind)[:1]]
         if not metrics or all(label(row)["method"] == "fp32" for row in members):
             continue
         found = points(members, metrics)
-        parts = [f"# Quality against stored bits: {title(members[0])}", notes(metrics), points_table(found, metrics)]
-        page, _ = save(results / "tables", f"{NAME}_{name}", parts, draw(found, metrics))
+        page_parts = [
+            f"# Quality against stored bits: {title(members[0])}",
+            notes(metrics),
+            points_table(found, metrics),
+        ]
+        page, _ = save(results / "tables", f"{NAME}_{name}", page_parts, draw(found, metrics))
         pages[page] = [asdict(point) for point in found]
     return pages
 

@@ -2,8 +2,8 @@
 
 python -m dqbench.studies.iso_bits [results=DIR] [json=PATH]
 
-One page for each set of comparable rows, as in dqbench.tables; seeds are averaged, ablations left out. A row is on the front where no other
-one has as few bits per weight and per activation, and a lower distance.
+One page for each set of comparable rows, as in dqbench.tables; seeds are averaged, ablations left out. A row is on the
+front where no other one has as few bits per weight and per activation, and a lower distance.
 """
 
 from __future__ import annotations
@@ -160,12 +160,9 @@ def write(results: Path) -> dict[Path, list[dict[str, Any]]]:
         if not metrics or all(label(row)["method"] == "fp32" for row in members):
             continue
         found = points(members, metrics)
-        page_parts = [
-            f"# Quality against stored bits: {title(members[0])}",
-            notes(metrics),
-            points_table(found, metrics),
-        ]
-        page, _ = save(results / "tables", f"{NAME}_{name}", page_parts, draw(found, metrics))
+        heading = f"# Quality against stored bits: {title(members[0])}"
+        content = [heading, notes(metrics), points_table(found, metrics)]
+        page, _ = save(results / "tables", f"{NAME}_{name}", content, draw(found, metrics))
         pages[page] = [asdict(point) for point in found]
     return pages
 

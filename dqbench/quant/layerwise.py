@@ -1,0 +1,130 @@
+"""Layer by layer in execution order: what each layer receives behind quantized predecessors, and what it should return.
+
+Units of a network are captured one after the other (capture.py), so that a pass costs the unit, not its prefix; within
+a unit each layer sees the layers before it as they have become.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dqbench.calibration import CalibrationSet, Chosen, named_generator
+from dqbench.progress import track
+from dqbench.quant.capture import Recorder, disk_allows, trace_units
+from dqbench.quant.rows import Call
+from dqbench.stages import scratch
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One layer in its turn: both networks' unit around it, and how the unit was called."""
+
+    name: str
+    student: nn.Module  # the unit; the layer itself where it belongs to none
+    teacher: nn.Module
+    within: str  # the layer's name in the unit, "" for the unit itself
+    last: bool  # nothing of the unit's layers comes after it
+    source: Call  # of the student
+    target: Call  # of the teacher
+    spans: Sequence[slice]
+
+    @property
+    def layer(self) -> nn.Module:
+        return self.student.get_submodule(self.within)
+
+    @property
+    def exact(self) -> nn.Module:
+        return self.teacher.get_submodule(self.within)
+
+    @property
+    def device(self) -> torch.device:
+        return self.layer.weight.device
+
+    def pairs(self, spans: Sequence[slice] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """(input behind the quantized predecessors, full-precision output) of the layer, span by span."""
+        for rows in self.spans if spans is None else spans:
+            x, _ = tap(self.student, self.layer, *self.source.batch(rows, self.device))
+            _, y = tap(self.teacher, self.exact, *self.target.batch(rows, self.device))
+            yield x, y
+
+    def first_rows(self, count: int) -> list[slice]:
+        """Spans of about `count` rows."""
+        ends = [rows.stop for rows in self.spans]
+        return list(self.spans[: next((k + 1 for k, end in enumerate(ends) if end >= count), len(ends))])
+
+
+class _Tapped(Exception):
+    """Stops a unit once its layer has run."""
+
+
+def tap(unit: nn.Module, layer: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """(input, output) of the first call of `layer` when `unit` is called; what comes after it does not run."""
+    seen: list[Tensor] = []
+
+    def take(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        seen.extend([inputs[0], output])
+        raise _Tapped
+
+    handle = layer.register_forward_hook(take)
+    try:
+        with suppress(_Tapped):
+            unit(*args, **kwargs)
+    finally:
+        handle.remove()
+    return seen[0], seen[1]
+
+
+@torch.no_grad()
+def visits(
+    student: nn.Module, teacher: nn.Module, units: Mapping[str, Sequence[str]], calib: CalibrationSet
+) -> Iterator[Visit]:
+    """Every layer of the units, in the order of execution; a layer that never runs is left out.
+
+    What is done to the student's layer between two visits is what later layers see.
+    """
+    order = list(trace_units(teacher, list(units), calib))
+    ranks = {name: k for k, name in enumerate(trace_units(teacher, [n for own in units.values() for n in own], calib))}
+    with recorders(student, teacher, order, calib) as (mine, exact):
+        for unit in track(order, "layer by layer", len(order)):
+            with TemporaryDirectory(dir=mine.outputs.folder.parent) as folder:
+                source, target = mine.inputs(unit, Path(folder, "student")), exact.inputs(unit, Path(folder, "teacher"))
+                names = sorted((name for name in units[unit] if name in ranks), key=ranks.get)
+                for name in names:
+                    within, last = name.removeprefix(unit).removeprefix("."), name == names[-1]
+                    parts = (student.get_submodule(unit), teacher.get_submodule(unit))
+                    yield Visit(name, *parts, within, last, source, target, [rows for _, rows in mine.spans()])
+                mine.remember(unit, source)
+                exact.remember(unit, target)
+
+
+@contextmanager
+def recorders(
+    student: nn.Module, teacher: nn.Module, order: Sequence[str], calib: CalibrationSet
+) -> Iterator[tuple[Recorder, Recorder]]:
+    """Recorders of both networks on temporary files; outputs are kept for replay where the disk allows."""
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(TemporaryDirectory(dir=scratch("activations-on-disk"))))
+        replay = disk_allows(folder, 2 * len(calib) * sum(trace_units(teacher, order, calib).values()))
+        yield tuple(
+            Recorder(model, calib, folder / name, replay)
+            for name, model in (("student", student), ("teacher", teacher))
+        )
+
+
+def spread_rows(calib: CalibrationSet, count: int) -> CalibrationSet:
+    """`count` rows, evenly spread over the set, shuffled so that any of them are at all times; all if it has fewer."""
+    chosen = np.linspace(0, len(calib) - 1, min(count, len(calib))).round().astype(int)
+    order = torch.randperm(len(chosen), generator=named_generator("layer by layer", calib.seed)).numpy()
+    index = chosen[order]
+    return replace(
+        calib, inputs={key: Chosen(values, index) for key, values in calib.inputs.items()}, step=calib.step[index]
+    )

@@ -117,8 +117,8 @@ def test_kmeans_is_near_the_optimum_never_below_it_and_deterministic():
 
 
 def test_kmeans_uses_every_centroid_and_weighs_by_importance():
-    values = torch.tensor([[0.0, 0, 0, 0, 0, 0, 5, 9]])
-    assert torch.equal(kmeans(values, torch.ones(1, 8), 4)[0].unique(), torch.tensor([0.0, 5, 9]))
+    values = torch.tensor([[0.0] * 30 + [5, 9, 20]])
+    assert torch.equal(kmeans(values, torch.ones(1, 33), 4), torch.tensor([[0.0, 5, 9, 20]]))
     heavy = kmeans(torch.tensor([[0.0, 1, 10, 11]]), torch.tensor([[1.0, 0, 1, 3]]), 2)
     torch.testing.assert_close(heavy, torch.tensor([[0.0, 10.75]]))
     assert torch.equal(kmeans(torch.zeros(1, 3), torch.ones(1, 3), 4), torch.zeros(1, 4))
@@ -275,6 +275,9 @@ def test_equalization_leaves_a_grouped_query_decoder_as_it_is():
     assert ((after - before).norm() / before.norm()).item() < 1e-5
     assert not torch.equal(weights["model.layers.0.mlp.up_proj.weight"], model.model.layers[0].mlp.up_proj.weight)
     torch.testing.assert_close(scales(pairs[1]), torch.ones(16, dtype=torch.float64), rtol=1e-5, atol=1e-5)
+    attn = model.model.layers[0].self_attn
+    columns = attn.o_proj.weight.abs().amax(0).reshape(2, 2, 8).amax(1).flatten()
+    torch.testing.assert_close(attn.v_proj.weight.abs().amax(1), columns)
 
 
 def test_equalization_of_conv_relu_conv_and_of_diffusers_attention():

@@ -38,6 +38,7 @@ def witness(log: Path, point: str, count: int, number: int) -> Callable[[str, st
 
 def watch(seen: Callable[[str, str], None], patch: Callable[[Any, str, Any], None] = setattr) -> None:
     """Let `seen` know of every shard that is written (by stage), and of every unit that is learned."""
+    import dqbench.images  # noqa: F401 (what it writes beside shards is not watched, whenever it is imported)
     from dqbench import shards
     from dqbench.quant import reconstruct
 

@@ -350,3 +350,9 @@ def test_the_bill_of_llada_is_that_of_its_published_parts() -> None:
     square = 2 * (1 + 16 / 128 + 16 / 4096)
     assert round(square, 3) == 2.258 and wide < total["bits_per_weight"] < square
     assert total["size_bytes"] == pytest.approx(quantized * 2.255 / 8 + 2 * 1_036_259_328, rel=1e-3)
+
+
+def test_a_bill_before_a_run_says_what_it_leaves_out() -> None:
+    assert cost_module.notes(compose(["method=tfmq"])) == [cost_module.LATER]
+    assert cost_module.notes(compose(["method=ptqd"]))[0] == cost_module.LATER
+    assert cost_module.notes(compose(["method=qdiffusion"])) == []

@@ -270,3 +270,10 @@ def test_other_widths_are_refused_in_one_line(overrides, bits):
     with pytest.raises(UserError, match=r"=6 with method=quartz; allowed: 4 \(LZS\), 8"):
         method(*overrides)(pipeline(), calibration(), Bits(*bits))
     method("method.attention=false").check_bits(Bits(4, 4, 6, 8))
+
+
+def test_a_users_override_comes_after_the_methods_own_for_narrow_layers():
+    built = method("+method.overrides.conv_in={weight: 6}", "+method.overrides.conv_out={act: 32}")
+    plan = built(pipeline(), calibration(), Bits(4, 4, 4, 8)).unet.plan
+    assert (plan["conv_in"].weight, plan["conv_in"].act) == (6, 8)  # one channel: 8-bit inputs, unless told otherwise
+    assert plan["conv_out"].act == 32 and plan["conv_out"].weight == 4

@@ -17,8 +17,9 @@ from bench.sparse import break_even
 from dqbench.config import Bits, build, compose
 from dqbench.cost import notes, qparam_bytes, weight_bytes
 from dqbench.errors import UserError
-from dqbench.models import denoiser
+from dqbench.models import anatomy, attach_anatomy, denoiser
 from dqbench.quant.attach import installed
+from dqbench.quant.attention import attention_layers
 from dqbench.quant.packing import nbytes
 from dqbench.quant.residual import Codebook, StageOne, Zeros, grid
 from dqbench.quant.residual_acts import Meter, TwoStageQuantizer, collecting, metering, two_stage_quantizers
@@ -560,3 +561,30 @@ def test_a_range_of_zeros_takes_the_extremes_of_either_side():
 def test_widths_of_stage_1_are_checked(key):
     with pytest.raises(UserError, match=f"method.{key}=9 is not supported"):
         method("rtzs", f"method.{key}=9")
+
+
+class Idle(torch.nn.Module):
+    """A network with a layer that its forward leaves out."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner, self.idle, self.dtype = inner, torch.nn.Linear(8, 8), inner.dtype
+        self.config = inner.config
+
+    def forward(self, sample, timestep):
+        return self.inner(sample, timestep)
+
+
+def test_a_layer_that_never_runs_is_named_as_the_reason():
+    pipe = pipeline()
+    attach_anatomy(pipe, anatomy(pipe))
+    pipe.unet = Idle(pipe.unet)
+    with pytest.raises(UserError, match="a layer did not run on the calibration set; keep it out with method.skip"):
+        method("rtzs", "method.act.dynamic=false", *SOME)(pipe, calibration(), W4A8)
+
+
+def test_the_literal_reading_fixes_the_widths_of_layers_and_leaves_those_of_attention():
+    result = method("rtzs_literal", *SOME)(pipeline(), calibration(), Bits(4, 4, 6, 8))
+    processors = [attn.processor for attn in attention_layers(result.unet).values()]
+    assert {processor.quantizers["q"].n_bits for processor in processors} == {6}
+    assert {(own.weight, own.act) for own in result.unet.plan.values()} == {(8, 8)}

@@ -82,8 +82,8 @@ class RTZS:
         return replace(own, **changes)
 
     def own_bits(self, bits: Bits) -> Bits:
-        """`bits` with the widths of stage 1 that the method fixes, q, k and v as activations; what is off stays off."""
-        fixed = {"weight": self.weight.bits, "act": self.act.bits, "attention": self.act.bits}
+        """`bits` with the widths of stage 1 that the method fixes for layers; what is off stays off."""
+        fixed = {"weight": self.weight.bits, "act": self.act.bits}
         changes = {key: n for key, n in fixed.items() if n is not None and getattr(bits, key) not in OFF}
         return replace(bits, **changes)
 

@@ -27,8 +27,7 @@ def kmeans(values: Tensor, weights: Tensor, k: int, start: str = "quantiles") ->
     """Weighted 1-D k-means of each row: float32 [G, k], ascending. values, weights: [G, N]. Deterministic.
 
     start: the quantiles (i + 1/2) / k, or the optimum for at most BINS bins of the values; then at most 30 iterations,
-    fewer where no centroid moves by 1e-6 of the range; a centroid without weight goes to the farther end of the cell of
-    the largest error.
+    fewer where no centroid moves by 1e-6 of the range; a centroid without weight splits the cell of the largest error.
     """
     cells = Cells.of(values, weights)
     centroids = cells.quantiles(k) if start == "quantiles" else cells.best_of_bins(k)
@@ -85,17 +84,14 @@ class Cells:
         weight, first, second = (part.gather(1, ends).diff(dim=1) for part in self.sums)
         means = torch.where(weight > 0, first / weight.clamp(min=1e-300), centroids)
         errors = (second - first * means).clamp(min=0)
-        return self._repaired(means, weight <= 0, errors, ends).sort(dim=1).values
+        return split_worst(means, weight <= 0, errors).sort(dim=1).values
 
-    def _repaired(self, means: Tensor, empty: Tensor, errors: Tensor, ends: Tensor) -> Tensor:
-        worst = errors.argmax(1, keepdim=True)
-        low, high = ends.gather(1, worst), ends.gather(1, worst + 1) - 1
-        low, high = (self.values.gather(1, place.clamp(0, self.values.shape[1] - 1)) for place in (low, high))
-        centre = means.gather(1, worst)
-        target = torch.where(centre - low > high - centre, low, high)
-        spare = empty.double().argmax(1, keepdim=True)
-        useful = empty.any(1, keepdim=True) & (errors.gather(1, worst) > 0)
-        return means.scatter(1, spare, torch.where(useful, target, means.gather(1, spare)))
+
+def split_worst(means: Tensor, empty: Tensor, errors: Tensor) -> Tensor:
+    """Centroids [G, k], one that is empty moved to that of the cell of the largest error, whose values part there."""
+    worst, spare = errors.argmax(1, keepdim=True), empty.double().argmax(1, keepdim=True)
+    useful = empty.any(1, keepdim=True) & (errors.gather(1, worst) > 0)
+    return means.scatter(1, spare, torch.where(useful, means.gather(1, worst), means.gather(1, spare)))
 
 
 def segments(sums: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from dqbench.calibration import CalibrationSet
 from dqbench.config import Bits, build, compose
 from dqbench.errors import UserError
 from dqbench.models import attach_anatomy, denoiser
-from dqbench.quant.attach import installed
+from dqbench.quant.attach import find_units, installed
 from dqbench.quant.bias_correction import channel_axis, icqbc, qbc, what_follows
 from dqbench.quant.centroid_acts import ActCentroids, BinnedQuantizer, RangeRule, Ranges, binned_quantizers, calibrate
 from dqbench.quant.centroid_recon import Moments, objective, reconstruct
@@ -28,6 +28,7 @@ from dqbench.quant.codebook import Codebook, Sharing, learn, nearest, unpack
 from dqbench.quant.equalize import decoder_pairs, equalize, scales
 from dqbench.quant.kmeans import exact_each, kmeans
 from dqbench.quant.knapsack import allocate
+from dqbench.quant.layerwise import visits
 from dqbench.quant.quantizers import SplitQuantizer
 from dqbench.quant.sensitivity import SCORES, score
 from dqbench.quant.storage import stored_bits
@@ -181,6 +182,25 @@ def test_moments_give_the_output_error_and_reconstruction_never_raises_it(layer,
         gap = objective(found, moments) - objective(weight, moments)
         assert errors[-1] == pytest.approx(gap.item(), rel=1e-3)
     assert errors[0] > 1.3 * errors[1] and all(b <= a * (1 + 1e-5) for a, b in itertools.pairwise(errors))
+
+
+def test_each_layer_sees_what_earlier_ones_have_become_and_wants_what_full_precision_returns():
+    teacher, rows = network(), tokens(70)
+    student, seen, names = copy.deepcopy(teacher), {}, []
+    for role, model in (("student", student), ("teacher", teacher)):
+        for name, layer in model.named_modules():
+            if isinstance(layer, nn.Linear):
+                layer.register_forward_hook(lambda _, args, out, key=(role, name): seen.update({key: (args[0], out)}))
+    linear = {name for name, layer in teacher.named_modules() if isinstance(layer, nn.Linear)}
+    units = find_units(student, ["model.layers.?"], dict.fromkeys(linear))
+    for visit in visits(student, teacher, units, rows):
+        x, y = (torch.cat(parts) for parts in zip(*visit.pairs(), strict=True))
+        student(**rows.rows(range(70))), teacher(**rows.rows(range(70)))
+        torch.testing.assert_close(x, seen["student", visit.name][0], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(y, seen["teacher", visit.name][1], atol=1e-4, rtol=1e-4)
+        visit.layer.weight.data *= 0.5
+        names.append(visit.name)
+    assert set(names) == linear and names[6] == "model.layers.0.mlp.down_proj" and names[-1] == "lm_head"
 
 
 # activations and time

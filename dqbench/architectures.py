@@ -25,15 +25,15 @@ from dqbench.quant.plan import LAYER_TYPES
 Macs = Counter[tuple[str, str]]  # (module name, kind) -> multiply-accumulates, in execution order
 
 
-def build(architecture: Mapping[str, Any], device: str = "meta") -> nn.Module:
-    """The network of a config in eval mode, on the meta device unless asked otherwise: made, not loaded.
+def build(architecture: Mapping[str, Any]) -> nn.Module:
+    """The network of a config in eval mode, its parameters on the meta device.
 
     `_class_name`: a diffusers model, or a network of dqbench.text.networks, whose own config calls it `architectures`.
     """
     name = architecture.get("_class_name") or next(iter(architecture.get("architectures") or ()), None)
     config = {key: value for key, value in architecture.items() if not key.startswith("_")}
     try:
-        with torch.device(device):
+        with torch.device("meta"):
             return create(str(name), config).eval()
     except (TypeError, ValueError) as error:
         if isinstance(error, UserError):

@@ -11,10 +11,9 @@ import numpy as np
 from diffusers import DiffusionPipeline
 
 from dqbench.calibration import calibration_seeds, record_trajectory, select
-from dqbench.config import Model
 from dqbench.diagnostics import mean_over_chains, noise_error_curves, noise_errors, save_grid
 from dqbench.metrics.base import Metric
-from dqbench.metrics.guards import check_finite, check_samples  # noqa: F401 (part of the modality)
+from dqbench.metrics.guards import check_finite, check_samples
 from dqbench.metrics.paired import paired
 from dqbench.sampling import generate, sample_seed, to_uint8
 from dqbench.shards import Shards, save_array
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 PROBE_CHAINS = 64  # scored seeds along whose full-precision trajectory the error of the predicted noise is measured
 
 
-def check_model(model: Model) -> None:
+def check(cell: Cell) -> None:
     """Nothing: conditions are optional, and looked at when the pipeline is."""
 
 
@@ -97,4 +96,4 @@ def picture(cell: Cell, stages: Stages, folder: Path) -> None:
     save_grid(full, own if stages.error else None, folder / "samples.png")
 
 
-__all__ = ["calibrate", "check_model", "check_samples", "compare", "error_curves", "network_error", "picture", "sample"]
+__all__ = ["calibrate", "check", "check_samples", "compare", "error_curves", "network_error", "picture", "sample"]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from dqbench.config import Calib, Model
+from dqbench.config import Model, Sampler
 from dqbench.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,14 +23,15 @@ if TYPE_CHECKING:
 
 KINDS = {"image": "dqbench.images", "text": "dqbench.text.modality"}  # modules with the functions of Modality
 SCORERS = {"image": "metrics=digits, inception, clean_fid or none", "text": "metrics=text or none"}
+SAMPLERS = {"image": "sampler=ddim50, ddpm and the like", "text": "sampler=llada8, llada1024, dream512"}
 CALIBRATION = {"image": "calib=uniform, every_step or paper", "text": "calib=mcs"}
 
 
 class Modality(Protocol):
     """A module of KINDS."""
 
-    def check_model(self, model: Model) -> None:
-        """Raise UserError where the model lacks what its samples are made from."""
+    def check(self, cell: Cell) -> None:
+        """Raise UserError, before anything is loaded, where this kind of model could not be sampled or calibrated."""
 
     def sample(self, cell: Cell, pipe: DiffusionPipeline, rows: range) -> dict[str, np.ndarray]:
         """The samples `rows` as arrays [B, ...], "sample" being what is scored; sample i depends on its seed alone."""
@@ -65,19 +67,27 @@ def modality_of(model: Model) -> Modality:
     return importlib.import_module(KINDS[kind_of(model)])
 
 
-def check_modality(model: Model, calib: Calib, method: Any, scorer: Any) -> None:
-    """Raise UserError for a method, metrics or calibration that are made for another kind of model."""
-    kind = kind_of(model)
-    modality_of(model).check_model(model)
+def check_modality(cell: Cell) -> None:
+    """Raise UserError for a sampler, method, metrics or calibration that are made for another kind of model.
+
+    Then for whatever else the kind of model does not allow.
+    """
+    model, method, kind = cell.model, cell.method, kind_of(cell.model)
     made_for: Sequence[str] = getattr(method, "modalities", tuple(KINDS))
     if kind not in made_for:
         raise UserError(f"method={method.name} works on {made_for[0]} models; model={model.name} makes {kind}")
-    if kind not in getattr(scorer, "modalities", ("image",)):
+    if kind != ("text" if samples_tokens(cell.sampler) else "image"):
+        given = f"sampler.scheduler={cell.sampler.scheduler} does not sample {kind}"
+        raise UserError(f"{given}; allowed for model={model.name}: {SAMPLERS[kind]}")
+    if kind not in getattr(cell.metrics, "modalities", ("image",)):
         raise UserError(f"these metrics cannot score {kind}; allowed for model={model.name}: {SCORERS[kind]}")
-    if (calib.mask is not None) != (kind == "text") and not unquantized(method):
+    if cell.quantizing and (cell.calib.mask is not None) != (kind == "text"):
         raise UserError(f"this calib is not made for {kind}; allowed for model={model.name}: {CALIBRATION[kind]}")
+    cell.modality.check(cell)
 
 
-def unquantized(method: Any) -> bool:
-    """Whether the method is full precision, which needs no calibration."""
-    return method.name == "fp32"
+def samples_tokens(sampler: Sampler) -> bool:
+    """Whether the sampler's scheduler fills in masked tokens."""
+    from dqbench.schedulers import scheduler_class
+
+    return "mask_token_id" in inspect.signature(scheduler_class(sampler).__init__).parameters

@@ -92,7 +92,7 @@ class Cell:
         )
         self.method, self.metrics = build(self.cfg.method), build(self.cfg.metrics)
         self.seed, self.full_precision, self.modality = self.cfg.seed, Quantized(), modality_of(self.model)
-        check_modality(self.model, self.calib, self.method, self.metrics)
+        check_modality(self)
         self.metrics.check(self.model.data, self.sampler.num_samples)
         scheduler = preflight(self.model, self.sampler, self.cfg.runtime.device)
         for method in (self.method, getattr(self.method, "base", None)):
@@ -133,7 +133,12 @@ class Cell:
 
     def calibrate(self) -> Artifact | None:
         """The calibration set; None where nothing is quantized."""
-        return None if isinstance(self.method, FP32) else self.modality.calibrate(self)
+        return self.modality.calibrate(self) if self.quantizing else None
+
+    @property
+    def quantizing(self) -> bool:
+        """Whether the method is more than full precision."""
+        return not isinstance(self.method, FP32)
 
     @property
     def picked(self) -> dict[str, Any]:

@@ -48,10 +48,26 @@ def answers(total: int) -> list[tuple[str, str]]:
     return [(task, questions(task, per_task)[1][n]) for task, n in map(task_of, range(total))]
 
 
-def check_data(model: Model) -> None:
-    """Raise UserError where there is nothing to ask the model."""
-    if model.data != TASKS and not read_prompts(model):
+def check_questions(model: Model, total: int) -> None:
+    """Raise UserError where there is nothing to ask the model, or less than `total` held-out questions."""
+    if model.data == TASKS:
+        try:
+            answers(total)
+        except UserError as error:
+            raise UserError(f"sampler.num_samples={total} is too many: {error}") from error
+    elif not read_prompts(model):
         raise UserError(f"model={model.name} has nothing to be asked; give model.prompts=FILE, one prompt per line")
+
+
+def check_rows(data: str | None, where: str, source: str, length: int | None) -> None:
+    """Raise UserError where token_rows() would: for an unknown source of the miniature, a missing file or length."""
+    if data == TASKS:
+        check_choice(f"{where}.rows", source, SOURCES)
+        return
+    if data is None or not Path(data).expanduser().is_file():
+        raise UserError(f"model.data={data} is no text file; give one to calibrate and to measure with")
+    if length is None:
+        raise UserError(f"{where}.length=null has no meaning for a text file; allowed: the tokens of a row, 2 or more")
 
 
 def content_hash(data: str | None) -> str | None:
@@ -69,19 +85,8 @@ def token_rows(
     The miniature's by `source`; of a text file consecutive pieces of `length` tokens, its last tenth held out.
     """
     if model.data == TASKS:
-        check_choice("rows", source, SOURCES)
         return tasks.token_rows(source, split, count, seed)
-    return file_rows(model, tokenizer, split, count, length)
-
-
-def file_rows(model: Model, tokenizer: Any, split: str, count: int, length: int | None) -> Tensor:
-    """`count` rows [count, length] of model.data, a text file."""
-    file = None if model.data is None else Path(model.data).expanduser()
-    if file is None or not file.is_file():
-        raise UserError(f"model.data={model.data} is no text file; give one to calibrate and to measure with")
-    if length is None:
-        raise UserError(f"rows of model.data={model.data} need calib.mask.length and metrics.likelihood.length")
-    ids = torch.tensor(tokenizer(file.read_text()).input_ids)
+    ids = torch.tensor(tokenizer(Path(model.data).expanduser().read_text()).input_ids)
     rows = ids[: len(ids) // length * length].view(-1, length)
     first = round(len(rows) * (1 - HELD_OUT))
     rows = rows[:first] if split == "train" else rows[first:]

@@ -16,9 +16,10 @@ from dqbench.errors import UserError, check_choice
 from dqbench.metrics.base import Metric, mean_interval
 from dqbench.metrics.measure import resample
 from dqbench.models import denoiser
-from dqbench.text.data import TASKS, answers, content_hash, token_rows
+from dqbench.text import tasks
+from dqbench.text.data import TASKS, answers, check_rows, content_hash, token_rows
 from dqbench.text.likelihood import count_masks, nll_bound, per_token, rate_masks
-from dqbench.text.tasks import exact_match
+from dqbench.text.pipeline import until
 from dqbench.text.tokenizer import character_tokenizer
 
 MASKS = {"count": count_masks, "rate": rate_masks}  # LLaDA's and Dream's
@@ -58,6 +59,10 @@ class TextMetrics:
                 raise UserError(f"metrics.{key}={value} is out of range; allowed: {least} or more")
         if self.tasks and reference != TASKS:
             raise UserError(f"model.data={reference} has no answers to check; allowed: metrics.tasks=false")
+        own = self.likelihood
+        check_rows(reference, "metrics.likelihood", own.rows, own.length)
+        if reference == TASKS:
+            tasks.token_rows(own.rows, "held_out", own.count, 0)  # raises where there are fewer
 
     def score(
         self, samples: np.ndarray, reference: str | None, cache_dir: Path, *, device: str = "cpu"
@@ -66,8 +71,8 @@ class TextMetrics:
         if not self.tasks:
             return {}
         tokenizer, asked = character_tokenizer(), answers(len(samples))
-        texts = tokenizer.batch_decode([until(row, tokenizer.eos_token_id) for row in samples.tolist()])
-        right = exact_match(texts, [answer for _, answer in asked]).double()
+        texts = tokenizer.batch_decode([until(tokenizer.eos_token_id, row) for row in samples.tolist()])
+        right = tasks.exact_match(texts, [answer for _, answer in asked]).double()
         groups = {"": range(len(asked))} | {
             f"_{task}": [i for i, (own, _) in enumerate(asked) if own == task] for task, _ in dict.fromkeys(asked[:4])
         }
@@ -104,8 +109,3 @@ class TextMetrics:
     def weights_hash(self) -> None:
         """No extractor looks at the samples."""
         return None
-
-
-def until(row: list[int], end: int) -> list[int]:
-    """Token ids before the first end of text."""
-    return row[: row.index(end)] if end in row else row

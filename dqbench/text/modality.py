@@ -9,15 +9,15 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
-from dqbench.config import Model
 from dqbench.diagnostics import curves
 from dqbench.metrics.base import Metric, mean_interval
 from dqbench.metrics.guards import DegenerateSamples
 from dqbench.models import denoiser
 from dqbench.sampling import generators, padded_length, sample_seed
 from dqbench.shards import Shards, save_array
+from dqbench.text import tasks
 from dqbench.text.agreement import agreement
-from dqbench.text.data import ask, check_data, content_hash, token_rows
+from dqbench.text.data import TASKS, ask, check_questions, check_rows, content_hash, token_rows
 from dqbench.text.likelihood import bin_masks
 from dqbench.text.mcs import mask_rows
 
@@ -30,9 +30,14 @@ PROBES, BINS, DRAWS = 64, 5, 2  # held-out rows at most, ranges of the masked fr
 SHOWN = 12  # samples in the picture
 
 
-def check_model(model: Model) -> None:
-    """Raise UserError where there is nothing to ask the model."""
-    check_data(model)
+def check(cell: Cell) -> None:
+    """Raise UserError where there is nothing, or too little, to ask the model or to calibrate it with."""
+    check_questions(cell.model, cell.sampler.num_samples)
+    if cell.quantizing:
+        mask = cell.calib.mask
+        check_rows(cell.model.data, "calib.mask", mask.rows, mask.length)
+        if cell.model.data == TASKS:
+            tasks.token_rows(mask.rows, "train", cell.calib.samples, cell.seed)  # raises where there are fewer
 
 
 def sample(cell: Cell, pipe: DiffusionPipeline, rows: range) -> dict[str, np.ndarray]:

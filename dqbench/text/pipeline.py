@@ -127,8 +127,12 @@ class MaskedDiffusionPipeline(DiffusionPipeline):
 
     def until_end(self, ids: list[int]) -> list[int]:
         """Token ids before the first end of text."""
-        end = self.scheduler.config.eos_token_id
-        return ids[: ids.index(end)] if end in ids else ids
+        return until(self.scheduler.config.eos_token_id, ids)
+
+
+def until(end: int | None, ids: list[int]) -> list[int]:
+    """Token ids before the first `end`; all where there is none."""
+    return ids[: ids.index(end)] if end in ids else ids
 
 
 @dataclass(frozen=True)

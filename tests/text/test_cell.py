@@ -97,8 +97,25 @@ def test_calibration_rows_are_masked_training_text_and_shared(overrides):
         (["calib.mask.gamma=1.5"], "calib.mask.gamma=1.5 is out of range"),
         (["calib.mask.mode=some"], "allowed: none, per_sample_grid, cross"),
         (["sampler.steps=0"], "sampler.steps"),
+        (
+            ["sampler=ddim50", "sampler.steps=4"],
+            "DDIMScheduler does not sample text; allowed for model=text_mdlm: sampler=llada8",
+        ),
+        (["sampler.num_samples=8000"], "num_samples=8000 is too many: task 'add' has 814 held_out questions"),
+        (["calib.mask.rows=typo"], "calib.mask.rows=typo is unknown; allowed: english, tasks, add"),
+        (["calib.mask.rows=add", "calib.samples=9000"], "has 7286 train questions, 9000 were asked for"),
+        (["metrics.likelihood.rows=typo"], "metrics.likelihood.rows=typo is unknown"),
+        (["metrics.likelihood.count=5000"], "has 419 held_out rows, 5000 were asked for"),
+        (["model.data=/nowhere", "metrics.tasks=false", f"model.prompts={__file__}"], "/nowhere is no text file"),
+        (
+            [f"model.data={__file__}", "metrics.tasks=false", f"model.prompts={__file__}"],
+            "calib.mask.length=null has no",
+        ),
         (["sampler.kwargs.block_length=3"], "gen_length=8 must be a multiple of block_length=3"),
-        (["model.data=null", f"model.prompts={__file__}"], "has no answers to check; allowed: metrics.tasks=false"),
+        (
+            [f"model.data={__file__}", f"model.prompts={__file__}", "calib.mask.length=12"],
+            "has no answers to check; allowed: metrics.tasks=false",
+        ),
         (["model.data=null", "metrics.tasks=false"], "nothing to be asked; give model.prompts=FILE"),
     ],
 )
@@ -114,7 +131,7 @@ def test_image_metrics_are_refused_for_texts(model, tmp_path):
     Cell(compose(["model=text_mdlm", f"model.path={model}", f"paths.results={tmp_path}", "metrics=none"]))
 
 
-@pytest.mark.parametrize("changes", [["metrics=text"], ["calib=mcs"]])
+@pytest.mark.parametrize("changes", [["metrics=text"], ["calib=mcs"], ["sampler=llada8", "calib.steps=4"]])
 def test_text_settings_are_refused_for_images(changes, tmp_path):
     with pytest.raises(UserError, match="allowed for model=digits_ddpm"):
         Cell(compose(["debug=tiny", "metrics=none", f"paths.results={tmp_path}", *changes]))

@@ -60,8 +60,7 @@ class Store:
 
     def get(self, stage: str, depends: dict[str, Any], produce: Callable[[Path], None]) -> Artifact:
         """The artifact of `stage` for `depends` (JSON-able); built by `produce(folder)` unless it is whole."""
-        depends = {"version": VERSIONS[stage], **depends}
-        key = digest(depends)
+        depends, key = named(stage, depends)
         folder = self.root / stage / key
         folder.parent.mkdir(parents=True, exist_ok=True)
         with taking_turns(self.root, f"{stage}-{key}"):
@@ -95,6 +94,12 @@ class Store:
         atomic_write(part / MANIFEST, json.dumps(content, indent=1, sort_keys=True))
         part.rename(folder)
         _verified.add(folder)
+
+
+def named(stage: str, depends: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """All that an artifact of `stage` depends on, and the key that this gives it."""
+    depends = {"version": VERSIONS[stage], **depends}
+    return depends, digest(depends)
 
 
 @contextmanager

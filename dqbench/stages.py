@@ -9,10 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +68,8 @@ class Store:
             if not self._is_whole(folder):
                 self._produce(folder, depends, produce)
         manifest = json.loads((folder / MANIFEST).read_text())
+        with suppress(OSError):  # a cache that may only be read
+            os.utime(folder / MANIFEST)  # dqbench.cache tells by it when an artifact was last used
         return Artifact(folder, key, manifest["seconds"], manifest["resumed"], manifest["stamp"])
 
     def _is_whole(self, folder: Path) -> bool:

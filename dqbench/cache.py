@@ -10,6 +10,7 @@ dry=true only tells what prune would delete. A deleted artifact is built again w
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 import sys
@@ -27,6 +28,7 @@ from dqbench.stages import VERSIONS, find_damage
 if TYPE_CHECKING:
     from rich.table import Table
 
+log = logging.getLogger(__name__)
 USAGE = "allowed: list | verify | prune older=30d, damaged=true, unfinished=true or all=true; stage=NAME cache=DIR"
 KEYS = {"list": (), "verify": (), "prune": ("older", "damaged", "unfinished", "all", "dry")}
 SECONDS = {"d": 86_400, "h": 3_600}
@@ -72,20 +74,19 @@ def extent(folder: Path) -> tuple[int, float]:
 
 @contextmanager
 def holding(path: Path) -> Iterator[bool]:
-    """Hold a lock where no process has it. Yields whether it is held; a lock that was never taken is not made."""
+    """Hold a lock where no process has it. Yields whether it is free; one that never was, or may not be, taken is."""
     from filelock import FileLock, Timeout
 
-    if not path.exists():
-        yield True
-        return
-    lock = FileLock(path)
+    lock, taken = FileLock(path), False
+    if path.exists():
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            taken = True
+        except OSError as error:  # another user's cache, or a file system that is only read
+            log.debug("%s cannot be locked: %s", path, error)
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        yield False
-        return
-    try:
-        yield True
+        yield not taken
     finally:
         lock.release()
 
@@ -103,9 +104,17 @@ def prune(cache: Path, chosen: Sequence[Entry]) -> int:
     for entry in chosen:
         with holding(lock_of(entry.folder)) as free:
             if free:
-                shutil.rmtree(entry.folder)
+                delete(entry.folder)
                 freed += entry.bytes
     return freed
+
+
+def delete(folder: Path) -> None:
+    """Delete a folder; where that is not allowed, a UserError that says so."""
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be deleted ({error.strerror}); nothing after it was touched") from error
 
 
 def wanted(given: dict[str, str]) -> Callable[[Entry], bool]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -84,6 +86,17 @@ def test_what_a_process_works_on_stays(cache, monkeypatch, capsys):
         assert "run feedbeef0123 is using" in capsys.readouterr().err and manifest.exists()
     assert call(cache, "prune", "unfinished=true", "stage=samples", monkeypatch=monkeypatch) == 0
     assert states(cache) == {"trajectory": "whole"}
+
+
+def test_a_cache_that_may_only_be_read_is_listed_and_not_pruned(cache, monkeypatch, capsys):
+    def refuse(*args, **kwargs):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(FileLock, "acquire", refuse)
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    assert states(cache)["trajectory"] == "whole"
+    assert call(cache, "prune", "all=true", monkeypatch=monkeypatch) == 2
+    assert "cannot be deleted (Read-only file system)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

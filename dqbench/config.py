@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dqbench.errors import UserError
 
-NOT_HASHED = ("hydra", "tracking", "paths", "runtime", "table", "scale", "debug", "base")  # base: it is method.base
+NOT_HASHED = ("hydra", "tracking", "paths", "runtime", "table", "scale", "debug", "base", "published")
 THROUGHPUT = {"sampler": ("batch_size",), "metrics": ("batch_size",)}  # how fast a result comes, not the result
 ADDED = {"calib": ("mask",)}  # keys that came after the first rows: not hashed where they are null
 OFF = (16, 32)  # bit-widths that mean "not quantized"
@@ -153,6 +153,7 @@ class Config:
     paths: Paths = MISSING
     runtime: Runtime = MISSING
     seed: int = MISSING
+    published: Any = None  # by setting=: values of method keys that ask for them; hashed there
     scale: str = MISSING  # mini | full: which axes of `table` a preset sweeps
     table: Any = None
 

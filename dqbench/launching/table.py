@@ -29,6 +29,7 @@ class Table:
     tables: list[str] = field(default_factory=list)  # names of tables in that file
     methods: dict[str, Any] = field(default_factory=dict)  # METHOD or "METHOD (LABEL)" -> a method, or overrides
     models: dict[str, str] = field(default_factory=dict)  # MODEL, MODEL/DATASET or MODEL/DATASET/STEPS -> setting
+    mini_models: dict[str, str] = field(default_factory=dict)  # the same -> setting at scale=mini
     bits: dict[str, str] = field(default_factory=dict)  # wXaY as published -> choice of bits, where it has another name
     metrics: dict[str, str] = field(default_factory=dict)  # published metric -> ours at scale=full
     mini_metrics: dict[str, str] = field(default_factory=dict)  # published metric -> ours at scale=mini
@@ -41,15 +42,26 @@ class Table:
         value = self.methods.get(f"{method} ({label})" if label else method)
         return [f"method={value}"] if isinstance(value, str) else value
 
-    def setting(self, model: str, dataset: str, steps: int | None) -> str | None:
-        """The setting that stands for a published column; the longest key that fits wins."""
+    def setting(self, scale: str, model: str, dataset: str, steps: int | None) -> str | None:
+        """The setting that stands for a published column; the longest key that fits wins. None: nothing does."""
+        settings = self.mini_models if scale == "mini" else self.models
         names = (f"{model}/{dataset}/{steps}", f"{model}/{dataset}", model)
-        return next((self.models[name] for name in names if name in self.models), None)
+        return next((settings[name] for name in names if name in settings), None)
 
-    def choice(self, weight: int, act: int) -> str:
-        """The choice of bits for published bit-widths."""
+    def choice(self, scale: str, weight: int | None, act: int | None) -> str:
+        """The choice of bits for published bit-widths; where they are not those of a row, the sweep's own first."""
         name = f"w{weight}a{act}"
-        return self.bits.get(name, name)
+        offered = str(self.axes(scale)["bits"]).split(",")
+        return next(bits for bits in (self.bits.get(name, name), *offered) if bits in offered)
+
+    def axes(self, scale: str) -> dict[str, Any]:
+        """override -> values"""
+        return (self.mini if scale == "mini" else self.full) or {}
+
+    def fixed(self, scale: str) -> list[str]:
+        """Overrides that all cells share: axes of one value."""
+        axes = self.axes(scale).items()
+        return [f"{key}={value}" for key, value in axes if "," not in str(value) and key not in ("bits", "setting")]
 
 
 def read_table(node: DictConfig) -> Table:
@@ -70,7 +82,7 @@ def check_scale(cfg: DictConfig) -> None:
     if cfg.table is None:
         return
     table = read_table(cfg.table)
-    there = [scale for scale in SCALES if getattr(table, scale)]
+    there = [scale for scale in SCALES if table.axes(scale)]
     if there or cfg.scale != SCALES[0]:
         check_choice("scale", cfg.scale, there or SCALES[:1])
 

@@ -11,9 +11,10 @@ from typing import Any
 from dqbench.launching.table import SCALES
 from dqbench.published import PublishedRow
 from dqbench.rendering.estimates import Estimate, change, estimate
+from dqbench.rendering.footnotes import against, status
 from dqbench.rendering.pairs import Pair, Part
 from dqbench.rendering.presets import Preset
-from dqbench.rendering.view import View, against, metric_names, published_change, status
+from dqbench.rendering.view import View, metric_names, published_change
 
 TABLE = ("table", "caption", "model", "dataset", "resolution", "sampler", "steps", "eta", "guidance")
 PROTOCOL = ("n_samples", "fid_impl", "reference")

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import groupby
 
+from dqbench.rendering.footnotes import WORDS
 from dqbench.rendering.markdown import LEGEND, command
 from dqbench.rendering.presets import Preset
-from dqbench.rendering.view import WORDS, Cell, View
+from dqbench.rendering.view import Cell, View
 
 MARKS = {"primary": r"$\bullet$", "secondary": r"$\odot$", "tertiary": r"$\circ$", "unverified": "?"}
 SIGNS = {

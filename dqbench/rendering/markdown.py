@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from dqbench.rendering.footnotes import WORDS
 from dqbench.rendering.presets import Preset
-from dqbench.rendering.view import WORDS, Cell, View
+from dqbench.rendering.view import Cell, View
 from dqbench.studies.page import table
 
 MARKS = {"primary": "●", "secondary": "◐", "tertiary": "○", "unverified": "?"}

@@ -12,11 +12,12 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from dqbench.rendering.footnotes import WORDS
 from dqbench.rendering.markdown import LEGEND, MARKS, STATES, command
 from dqbench.rendering.plots import plot
 from dqbench.rendering.presets import Preset
 from dqbench.rendering.samples import gallery
-from dqbench.rendering.view import WORDS, Cell, Column, View
+from dqbench.rendering.view import Cell, Column, View
 
 
 @dataclass(frozen=True)

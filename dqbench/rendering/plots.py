@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from dqbench import published
 from dqbench.rendering.estimates import Estimate, change
-from dqbench.rendering.view import WORDS, View, has_change, published_change, scales_of
+from dqbench.rendering.footnotes import WORDS
+from dqbench.rendering.view import View, has_change, published_change, scales_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

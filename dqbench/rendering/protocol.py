@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dqbench.config import OFF
 from dqbench.published import PublishedRow, Table
 from dqbench.rendering.estimates import measured
 from dqbench.results import Row
@@ -36,7 +35,7 @@ def differences(table: Table, line: PublishedRow, row: Row, metrics: Mapping[str
     if mini:
         wanted = ", ".join(filter(None, (table.model, table.dataset, table.resolution)))
         found.insert(0, Difference("model", wanted or UNKNOWN, str(row.config["model"]["name"])))
-    if 16 in (line.w, line.a) and row.config["bits"]["weight"] in (*OFF, line.w):
+    if 16 in (line.w, line.a):
         dtype = str(row.config["model"].get("dtype", UNKNOWN))
         found.append(Difference("what is not quantized", "16 bits", dtype, decisive=False))
     for name, own in metrics.items():

@@ -21,8 +21,9 @@ from omegaconf import DictConfig
 from dqbench.config import command, compose, run_id, split_json
 from dqbench.errors import UserError
 from dqbench.estimates import Note, seconds
-from dqbench.launching.cells import expanded, is_finished
+from dqbench.launching.cells import is_finished
 from dqbench.launching.checks import check
+from dqbench.launching.table import sweep
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -76,7 +77,7 @@ def plan(arguments: Sequence[str]) -> list[Planned]:
     from dqbench.results import rows
 
     wanted = {}
-    for overrides in expanded(arguments):
+    for overrides in sweep(list(arguments)):
         cfg = compose(overrides)
         check(cfg)
         wanted.setdefault(run_id(cfg), (overrides, cfg))

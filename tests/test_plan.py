@@ -10,7 +10,7 @@ import pytest
 
 import dqbench
 from dqbench.config import compose, run_id
-from dqbench.launching.cells import expanded
+from dqbench.launching.table import sweep as cells_of
 from dqbench.plan import clock, main, plan, summary
 
 TINY = ["debug=tiny", "tracking=none", "metrics=none"]
@@ -61,7 +61,7 @@ def test_what_is_there_is_not_counted_again(ran):
 def test_cells_of_a_preset_come_in_its_order_and_operations_from_the_bill():
     sweep = ["+sweeps=digits", "method=fp32,rtn", "bits=w8a8,w4a8"]
     cells = plan([*sweep, "paths.results=/nowhere"])
-    assert [cell.run_id for cell in cells] == list(dict.fromkeys(run_id(compose(own)) for own in expanded(sweep)))
+    assert [cell.run_id for cell in cells] == list(dict.fromkeys(run_id(compose(own)) for own in cells_of(sweep)))
     assert [round(cell.bops / cells[0].bops, 3) for cell in cells] == [1, 1, 0.062, 0.031]
 
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from dqbench.config import build, compose, exit_status, expand, one_line, run_id
 from dqbench.launching.checks import check
+from dqbench.launching.table import axes
 
 cells: list[DictConfig] = []  # of this invocation: one, or those of a sweep
 
@@ -32,18 +32,6 @@ class Cells(Callback):
         """A sweep: hydra.sweeper.params of a preset, then the command line."""
         with ending():
             admit([compose(overrides) for overrides in expand([*axes(config), *config.hydra.overrides.task])])
-
-
-def axes(config: DictConfig) -> list[str]:
-    """What a preset of sweeps/ varies, as overrides; `config`: with Hydra's own node."""
-    return [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
-
-
-def expanded(arguments: Sequence[str]) -> list[list[str]]:
-    """The overrides of each cell that these arguments name: those of a single run, or of a sweep in its order."""
-    parsed = OverridesParser.create().parse_overrides(overrides=list(arguments))
-    fixed = [override.input_line for override in parsed if not override.is_sweep_override()]
-    return list(expand([*axes(compose(fixed, return_hydra_config=True)), *arguments]))
 
 
 def admit(configs: list[DictConfig]) -> None:

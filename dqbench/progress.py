@@ -50,6 +50,7 @@ def _told(items: Iterable[Item], description: str, total: int, done: int) -> Ite
             told = now
         yield item
         done += _size(item)
+    tell(description, done, total)
 
 
 def _lines(items: Iterable[Item], description: str, total: int, done: int) -> Iterator[Item]:

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -162,7 +161,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     def call(programs: dict[str, str], *places: Slot, grace: float = 1.0) -> Path:
         jobs = [job(name, tmp_path, program) for name, program in programs.items()]
         with board(len(jobs)) as shown:
-            side_by_side.SideBySide(deque(jobs), list(places), shown, tmp_path, grace).run()
+            side_by_side.SideBySide(jobs, list(places), shown, tmp_path, grace).run()
         return tmp_path
 
     return call
@@ -240,6 +239,25 @@ def test_what_another_sweep_finished_meanwhile_is_not_started(
     assert [line.split()[:2] for line in caplog.messages] == [["there", "is"], ["new", "starts:"], ["new", "is"]]
 
 
+def test_what_another_sweep_is_at_work_on_waits_until_that_one_lets_go(
+    run: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Another launcher holds the first cell, and dies when the second one says so."""
+    code = (
+        "import os, sys; from filelock import FileLock\n"
+        "lock = FileLock(sys.argv[1]); lock.acquire(); print('held', flush=True); input()"
+    )
+    lock = side_by_side.claim(first := job("first", tmp_path))
+    lock.release()
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, lock.lock_file], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdout.readline() == "held\n" and side_by_side.claim(first) is None
+    run({"first": "", "second": f"os.kill({other.pid}, signal.SIGKILL)"}, CPU)
+    other.wait()
+    assert [line.split()[0] for line in caplog.messages] == ["second", "second", "first", "first"]
+
+
 def test_force_removes_the_old_row_before_the_cell_starts(run: Callable[..., Path], tmp_path: Path) -> None:
     row = run_folder(job("one", tmp_path).cfg) / "row.json"
     row.parent.mkdir(parents=True)
@@ -249,7 +267,7 @@ def test_force_removes_the_old_row_before_the_cell_starts(run: Callable[..., Pat
     forced = job("one", tmp_path)
     forced.cfg.runtime.force = True
     with board(1) as shown:
-        side_by_side.SideBySide(deque([forced]), [CPU], shown, tmp_path, 1.0).run()
+        side_by_side.SideBySide([forced], [CPU], shown, tmp_path, 1.0).run()
     assert not row.exists()
 
 

@@ -46,19 +46,19 @@ class Board:
         if not self.progress.disable:
             for child in running:
                 self._show(self.lines[child.job.name], child.status)
-        elif running and time.monotonic() - self.told >= SECONDS_BETWEEN_LINES:
+        elif time.monotonic() - self.told >= SECONDS_BETWEEN_LINES:
             self.told = time.monotonic()
-            log.info("%s; %s", self.counts, ", ".join(map(standing, running)))
+            log.info("%s; %s", self.counts, ", ".join(map(standing, running)) or "another sweep has the rest at work")
 
     def _show(self, line: TaskID, status: dict) -> None:
         if status:
             self.progress.update(line, stage=status["stage"], completed=status["done"], total=status["total"])
 
-    def finished(self, job: Job, seconds: float) -> None:
-        """A cell has its row."""
+    def finished(self, job: Job, how: str) -> None:
+        """A cell has its row. how: by whom, or in how many seconds."""
         self.done += 1
         self._ended(job)
-        log.info("%s is done in %.0f s (%s); %s", job.name, seconds, job.label, self.counts)
+        log.info("%s is done %s (%s); %s", job.name, how, job.label, self.counts)
 
     def lost(self, job: Job, reason: str) -> None:
         """A cell failed."""

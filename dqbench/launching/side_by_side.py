@@ -7,13 +7,14 @@ import os
 import signal
 import tempfile
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+from filelock import FileLock, Timeout
 from hydra.core.utils import JobReturn, JobStatus, configure_log
 from omegaconf import DictConfig
 
@@ -39,7 +40,7 @@ def launch(
     pending = [job for job in jobs if job.cfg.runtime.force or not is_finished(job.cfg)]
     slots = slots[: len(pending)]
     with tempfile.TemporaryDirectory(prefix="dqbench-") as statuses, board(len(pending)) as shown:
-        SideBySide(deque(spread(pending)), list(slots), shown, Path(statuses), grace).run()
+        SideBySide(spread(pending), list(slots), shown, Path(statuses), grace).run()
     return [
         JobReturn(overrides=list(given), cfg=cfg, status=JobStatus.COMPLETED, working_dir=os.getcwd())
         for given, cfg in zip(overrides, configs, strict=True)
@@ -68,16 +69,29 @@ def spread(jobs: Iterable[Job]) -> list[Job]:
     return [job for _, job in sorted(ranked, key=lambda pair: pair[0])]
 
 
+def claim(job: Job) -> FileLock | None:
+    """The right to start a cell, held until it has ended; None while another launcher has it."""
+    folder = Path(job.cfg.paths.cache) / ".locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / f"launch-{job.name}")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return None
+    return lock
+
+
 @dataclass
 class SideBySide:
     """Jobs that wait, slots that are free, cells at work."""
 
-    waiting: deque[Job]
+    waiting: list[Job]
     free: list[Slot]
     board: Board
     statuses: Path
     grace: float
     running: list[Child] = field(default_factory=list)
+    claims: dict[str, FileLock] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.parallel = len(self.free)
@@ -97,16 +111,27 @@ class SideBySide:
             raise KeyboardInterrupt
 
     def fill(self) -> None:
-        """Start waiting cells in the free slots; what another sweep has finished meanwhile is done."""
-        while self.waiting and self.free:
-            job = self.waiting.popleft()
-            if is_finished(job.cfg) and not job.cfg.runtime.force:
-                self.board.finished(job, 0)
-                continue
+        """Put waiting cells into the free slots."""
+        for job in list(self.waiting):
+            if not self.free:
+                return
             try:
-                self.begin(job)
+                self.take(job)
             except OSError as error:
+                self.waiting.remove(job)
                 self.board.lost(job, one_line(error))
+
+    def take(self, job: Job) -> None:
+        """Start a waiting cell; one that another sweep is at work on goes on waiting, one that it has finished is done."""
+        if (right := claim(job)) is None:
+            return
+        if is_finished(job.cfg) and not job.cfg.runtime.force:
+            right.release()
+            self.board.finished(job, "by another sweep")
+        else:
+            self.begin(job)
+            self.claims[job.name] = right
+        self.waiting.remove(job)
 
     def begin(self, job: Job) -> None:
         """Start a cell; with runtime.force its old row goes: no row is better than one of an earlier attempt."""
@@ -122,8 +147,9 @@ class SideBySide:
         for child in [child for child in self.running if child.process.poll() is not None]:
             self.running.remove(child)
             self.free.append(child.slot)
+            self.claims.pop(child.job.name).release()
             if child.process.returncode == 0 or is_finished(child.job.cfg):
-                self.board.finished(child.job, time.monotonic() - child.began)
+                self.board.finished(child.job, f"in {time.monotonic() - child.began:.0f} s")
             else:
                 self.board.lost(child.job, child.reason())
 
@@ -138,6 +164,8 @@ class SideBySide:
         kill(alive)
         for child in self.running:
             child.process.wait()
+        for right in self.claims.values():
+            right.release()
 
 
 @contextmanager

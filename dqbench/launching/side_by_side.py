@@ -122,7 +122,7 @@ class SideBySide:
                 self.board.lost(job, one_line(error))
 
     def take(self, job: Job) -> None:
-        """Start a waiting cell; one that another sweep is at work on goes on waiting, one that it has finished is done."""
+        """Start a cell; one that another sweep has at work goes on waiting, one that it has finished is done."""
         if (right := claim(job)) is None:
             return
         if is_finished(job.cfg) and not job.cfg.runtime.force:

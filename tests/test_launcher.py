@@ -271,19 +271,39 @@ def test_force_removes_the_old_row_before_the_cell_starts(run: Callable[..., Pat
     assert not row.exists()
 
 
-@pytest.mark.parametrize("watched", ["the launcher", "the process between"])
-def test_a_cell_does_not_outlive_who_started_it(watched: str) -> None:
-    """A process starts one of a cell and is killed; the pipe that the cell's process holds then closes."""
-    cell = "from dqbench.launching.lifeline import end_with_launcher as e; e(); print('up', flush=True); input()"
-    launcher = "os.getpid()" if watched == "the launcher" else os.getpid()
-    code = (
-        f"import os, subprocess, sys; os.environ[{LAUNCHER!r}] = str({launcher})\n"
-        f"subprocess.Popen([sys.executable, '-c', {cell!r}], stdin=0, start_new_session=True); input()"
+CELL = "from dqbench.launching.lifeline import end_with_launcher as e; e(); print('up', flush=True); input()"
+
+
+def test_a_cell_ends_with_its_launcher() -> None:
+    """The launcher is not the cell's parent, as in a group that accelerate starts."""
+    launcher = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    cell = subprocess.Popen(
+        [sys.executable, "-c", CELL],
+        cwd=ROOT,
+        env={**os.environ, LAUNCHER: str(launcher.pid)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
     )
-    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert cell.stdout.readline() == b"up\n"
+    launcher.kill()
+    assert cell.wait(timeout=60) == 1
+    launcher.wait()
+
+
+def test_a_cell_ends_with_the_process_that_started_it() -> None:
+    """That one is killed; the pipe that the cell holds then closes."""
+    code = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {CELL!r}], stdin=0); input()"
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, LAUNCHER: str(os.getpid())},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
     assert parent.stdout.readline() == b"up\n"
     parent.kill()
-    assert parent.stdout.read() == b""
+    with parent.stdin:  # held open: the cell waits for input
+        assert parent.stdout.read() == b""
     parent.wait()
 
 
@@ -346,7 +366,8 @@ def test_interrupted_sweep_goes_on_and_ends_in_the_rows_of_single_runs(tmp_path:
     _, told = first.communicate()
     assert first.returncode == 130, told
     assert told.splitlines()[-1] == "dqbench: interrupted; the same command goes on from there"
-    assert not [p.pid for p in psutil.process_iter(["cmdline"]) if f"paths.results={results}" in p.info["cmdline"]]
+    lines = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
+    assert not [line for line in lines if f"paths.results={results}" in line]
 
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert again.returncode == 1 and "1 of 2 rows" in again.stdout, again.stderr

@@ -9,6 +9,7 @@ import argparse
 import importlib
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from dqbench.config import data_root, exit_status, one_line, register, run_id
 from dqbench.errors import UserError
 from dqbench.launching.cells import cells, is_finished, run_folder
 from dqbench.launching.explain import explain
+from dqbench.launching.lifeline import end_with_launcher
 from dqbench.stages import taking_turns
 
 log = logging.getLogger("dqbench")
@@ -110,6 +112,8 @@ def hydra_main(cfg: DictConfig) -> None:
 def main() -> None:
     """The console script."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us instead of Hydra's own printer
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # whoever asks it to end gets what Ctrl-C gets
+    end_with_launcher()
     logging.raiseExceptions = bool(os.environ.get("DQBENCH_DEBUG"))  # a log file on a full disk is no second problem
     register()
     failures.clear()
@@ -122,7 +126,7 @@ def main() -> None:
     missing = report()
     write_studies()
     if failures or missing:
-        sys.exit(2 if len(cells) == 1 and isinstance(failures[-1], UserError) else 1)
+        sys.exit(2 if len(cells) == 1 and failures and isinstance(failures[-1], UserError) else 1)
 
 
 def read_flags(argv: list[str]) -> None:

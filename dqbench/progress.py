@@ -1,10 +1,17 @@
-"""Progress of the stages on stderr: a bar in a terminal; elsewhere lines when a stage ends and now and then."""
+"""Progress of the stages on stderr: a bar in a terminal; elsewhere lines when a stage ends and now and then.
+
+A process that a launcher started tells that one, too: in the file that the variable STATUS names.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
 from typing import TypeVar
 
 from rich.console import Console
@@ -12,6 +19,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 Item = TypeVar("Item")
 SECONDS_BETWEEN_LINES = 60
+SECONDS_BETWEEN_STATUSES = 0.2
+STATUS = "DQBENCH_STATUS"  # environment variable: the file in which a launcher reads how far this process is
 log = logging.getLogger(__name__)
 
 
@@ -20,7 +29,28 @@ def track(items: Iterable[Item], description: str, total: int, done: int = 0) ->
     console = Console(stderr=True)
     if console.is_terminal:
         return _bar(items, description, total, done, console)
-    return _lines(items, description, total, done)
+    return _lines(_told(items, description, total, done), description, total, done)
+
+
+def tell(stage: str, done: int = 0, total: int | None = None) -> None:
+    """Let the launcher know what this cell does. Without a launcher, and in a group's other processes, nothing."""
+    if not (name := os.environ.get(STATUS)) or os.environ.get("RANK", "0") != "0":
+        return
+    file, temporary = Path(name), Path(f"{name}.tmp")
+    with suppress(OSError):  # a display is worth no failed run
+        temporary.write_text(json.dumps({"stage": stage, "done": done, "total": total}))
+        temporary.replace(file)
+
+
+def _told(items: Iterable[Item], description: str, total: int, done: int) -> Iterator[Item]:
+    told = float("-inf")
+    for item in items:
+        if (now := time.monotonic()) - told >= SECONDS_BETWEEN_STATUSES:
+            tell(description, done, total)
+            told = now
+        yield item
+        done += _size(item)
+    tell(description, done, total)
 
 
 def _lines(items: Iterable[Item], description: str, total: int, done: int) -> Iterator[Item]:

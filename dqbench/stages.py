@@ -22,6 +22,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from dqbench.config import digest
+from dqbench.progress import tell
 from dqbench.results import atomic_write
 
 log = logging.getLogger(__name__)
@@ -115,6 +116,7 @@ def taking_turns(root: Path, name: str) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         log.info("waiting: another process works on %s", name)
+        tell("waiting for another cell")
         lock.acquire()
     try:
         yield

@@ -24,7 +24,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("build")
     source = folder / "source"
     skip = shutil.ignore_patterns("__pycache__", "train_state.pt", "*.part", ".*")
-    for name in ("dqbench", "conf", "sweeps"):
+    for name in ("dqbench", "hydra_plugins", "conf", "sweeps"):
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, source / name, ignore=skip)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
@@ -43,6 +43,7 @@ def test_wheel_holds_all_that_a_run_reads(wheel: Path) -> None:
     assert {str(path.relative_to(ROOT)) for path in weights} <= names and weights
     assert {name.split("/")[0] for name in names} == {
         "dqbench",
+        "hydra_plugins",
         next(n for n in names if "dist-info" in n).split("/")[0],
     }
     assert not any(name.endswith((".pt", ".pyc")) for name in names)
@@ -55,6 +56,19 @@ def test_installed_wheel_finds_its_configs(wheel: Path, tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.split() == [str(tmp_path / "dqbench"), "8"], done.stderr
+
+
+def test_installed_wheel_brings_its_launchers(wheel: Path, tmp_path: Path) -> None:
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    code = (
+        "import sys; from hydra.core.plugins import Plugins; from hydra.plugins.launcher import Launcher;"
+        "print(*[plugin.__module__ for plugin in Plugins.instance().discover(Launcher)]);"
+        "assert 'torch' not in sys.modules"
+    )
+    alone = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], cwd="/", capture_output=True, text=True, env=alone)
+    assert {f"hydra_plugins.{file.stem}" for file in (ROOT / "hydra_plugins").glob("*.py")} <= set(done.stdout.split())
+    assert done.returncode == 0 and not (ROOT / "hydra_plugins" / "__init__.py").exists(), done.stderr
 
 
 def test_lock_pins_every_requirement_and_names_no_index() -> None:

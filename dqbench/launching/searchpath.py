@@ -42,7 +42,7 @@ def choices() -> str:
     from dqbench.config import data_root
 
     conf = data_root() / "conf"
-    chosen: dict[str, str] = {}
+    chosen: dict[str, str] = {"hydra/launcher": "basic"}
     for entry in OmegaConf.load(conf / "config.yaml").defaults:
         chosen |= dict(entry) if OmegaConf.is_dict(entry) else {}
     folders = [folder for folder in sorted(conf.rglob("*")) if folder.is_dir()]
@@ -52,6 +52,7 @@ def choices() -> str:
         if conf / "hydra" not in folder.parents
     }
     groups["+sweeps"] = presets()
+    groups["hydra/launcher"] = sorted(["basic", *(path.stem for path in (conf / "hydra" / "launcher").glob("*.yaml"))])
     lines = []
     for group, names in groups.items():
         starred = ", ".join(name + "*" * (chosen.get(group) == name) for name in names)

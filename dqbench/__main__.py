@@ -1,5 +1,6 @@
 """python -m dqbench [overrides]: run one cell, or with -m a sweep; finished cells are skipped.
 
+Under `accelerate launch` several processes run one cell (processes.py); the main one speaks and writes.
 Exit status: 0 done, 1 a cell failed, 2 bad input, 130 interrupted.
 """
 
@@ -17,6 +18,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from dqbench import processes
 from dqbench.config import data_root, exit_status, one_line, register, run_id
 from dqbench.errors import UserError
 from dqbench.launching.cells import cells, is_finished, run_folder
@@ -25,6 +27,8 @@ from dqbench.stages import taking_turns
 
 log = logging.getLogger("dqbench")
 failures: list[Exception] = []  # of the cells that ran in this process
+# Of several processes on one cell only the main one makes folders and logs.
+FOLLOWING = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=follower"]
 
 
 def cell(cfg: DictConfig) -> None:
@@ -32,13 +36,15 @@ def cell(cfg: DictConfig) -> None:
     name = run_id(cfg)
     try:
         with taking_turns(Path(cfg.paths.cache), f"run-{name}"):
-            if is_finished(cfg) and not cfg.runtime.force:
+            if processes.agreed(lambda: is_finished(cfg)) and not cfg.runtime.force:
                 log.info("%s is done already", name)
                 return
             log.info("%s starts: %s", name, " ".join(HydraConfig.get().overrides.task) or "the default")
             _run(cfg, run_folder(cfg))
     except Exception as error:
         failures.append(error)
+        if not processes.fails_first():
+            return
         overrides = " ".join(HydraConfig.get().overrides.task)
         log.error("run %s failed: %s (%s)", name, reason(error), overrides or "the default", exc_info=True)
 
@@ -47,6 +53,9 @@ def _run(cfg: DictConfig, folder: Path) -> None:
     from dqbench.run import run
     from dqbench.tracking import track
 
+    if not processes.is_main():
+        run(cfg, folder)
+        return
     (folder / "row.json").unlink(missing_ok=True)  # with runtime.force: no row is better than one of an earlier attempt
     with track(cfg, folder.name) as tracker:
         row = run(cfg, folder)
@@ -111,6 +120,9 @@ def main() -> None:
     """The console script."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us instead of Hydra's own printer
     logging.raiseExceptions = bool(os.environ.get("DQBENCH_DEBUG"))  # a log file on a full disk is no second problem
+    processes.hush()
+    if processes.short_of_processes():
+        print("dqbench: accelerate has started one process; for N: --multi_gpu --num_processes N", file=sys.stderr)
     register()
     failures.clear()
     cells.clear()
@@ -119,8 +131,11 @@ def main() -> None:
     except KeyboardInterrupt:
         print("dqbench: interrupted; the same command goes on from there", file=sys.stderr)
         sys.exit(130)
-    missing = report()
-    write_studies()
+    if not failures:
+        processes.leave()
+    missing = report() if processes.leads() else 0
+    if processes.leads():
+        write_studies()
     if failures or missing:
         sys.exit(2 if len(cells) == 1 and isinstance(failures[-1], UserError) else 1)
 
@@ -144,6 +159,7 @@ def _launch() -> None:
     try:
         with exit_status():
             read_flags(sys.argv)
+            sys.argv += [] if processes.leads() else FOLLOWING
             hydra_main()
     except SystemExit as end:
         if end.code or not cells:  # not 0, or --help and the like; else all cells were finished before

@@ -13,8 +13,11 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from dqbench import processes
 from dqbench.config import build, compose, exit_status, expand, one_line, run_id
+from dqbench.errors import UserError
 from dqbench.launching.checks import check
+from dqbench.launching.preflight import meet
 
 cells: list[DictConfig] = []  # of this invocation: one, or those of a sweep
 
@@ -30,6 +33,9 @@ class Cells(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """A sweep: hydra.sweeper.params of a preset, then the command line."""
         with ending():
+            if processes.launched() > 1:
+                given = "accelerate launch gives several processes to one cell"
+                raise UserError(f"{given}; a sweep starts without it: python -m dqbench -m hydra/launcher=accelerate")
             given = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
             admit([compose(overrides) for overrides in expand([*given, *config.hydra.overrides.task])])
 
@@ -39,7 +45,8 @@ def admit(configs: list[DictConfig]) -> None:
     for cfg in configs:
         check(cfg)
     cells[:] = configs
-    pending = [cfg for cfg in configs if cfg.runtime.force or not is_finished(cfg)]
+    meet(configs[0].runtime.device)
+    pending = processes.agreed(lambda: [cfg for cfg in configs if cfg.runtime.force or not is_finished(cfg)])
     if not pending:
         raise SystemExit(0)
     from dqbench.run import Cell

@@ -27,8 +27,6 @@ from dqbench.stages import taking_turns
 
 log = logging.getLogger("dqbench")
 failures: list[Exception] = []  # of the cells that ran in this process
-# Of several processes on one cell only the main one makes folders and logs.
-FOLLOWING = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=follower"]
 
 
 def cell(cfg: DictConfig) -> None:
@@ -122,14 +120,15 @@ def main() -> None:
     logging.raiseExceptions = bool(os.environ.get("DQBENCH_DEBUG"))  # a log file on a full disk is no second problem
     processes.hush()
     if processes.short_of_processes():
-        print("dqbench: accelerate has started one process; for N: --multi_gpu --num_processes N", file=sys.stderr)
+        given = "accelerate was asked for several processes and has started one; the row will be the same"
+        print(f"dqbench: {given}. N, on CPUs too: --multi_gpu --num_processes N", file=sys.stderr)
     register()
     failures.clear()
     cells.clear()
     try:
         _launch()
     except KeyboardInterrupt:
-        print("dqbench: interrupted; the same command goes on from there", file=sys.stderr)
+        processes.tell("interrupted; the same command goes on from there")
         sys.exit(130)
     if not failures:
         processes.leave()
@@ -154,18 +153,27 @@ def read_flags(argv: list[str]) -> None:
         raise UserError(f"{unknown[0]} is no flag; write overrides as key=value, after the flags; see --help")
 
 
+def follow(argv: list[str]) -> None:
+    """Have Hydra make no folders and no log in this process; its parser wants all overrides side by side."""
+    own = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=follower"]
+    places = [i for i, argument in enumerate(argv) if i and "=" in argument and not argument.startswith("-")]
+    place = places[0] if places else len(argv)
+    argv[place:place] = own
+
+
 def _launch() -> None:
     """Let Hydra run the cells. Returns when all that could run have run; ends the program where none may."""
     try:
         with exit_status():
             read_flags(sys.argv)
-            sys.argv += [] if processes.leads() else FOLLOWING
+            if not processes.leads():
+                follow(sys.argv)
             hydra_main()
     except SystemExit as end:
         if end.code or not cells:  # not 0, or --help and the like; else all cells were finished before
             raise
     except (OSError, ValueError) as error:  # Hydra cannot read the command line, or cannot write to the results
-        print(f"dqbench: {reason(error) if isinstance(error, OSError) else explain(error)}", file=sys.stderr)
+        processes.tell(reason(error) if isinstance(error, OSError) else explain(error))
         sys.exit(1 if isinstance(error, OSError) else 2)
 
 

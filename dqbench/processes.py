@@ -56,9 +56,14 @@ def leave() -> None:
         _joined.pop().destroy_process_group()
 
 
+def joined() -> int:
+    """How many processes are at the run."""
+    return _joined[0].num_processes if _joined else 1
+
+
 def count() -> int:
     """How many processes share the present work."""
-    return _joined[0].num_processes if _joined and not _alone.get() else 1
+    return 1 if _alone.get() else joined()
 
 
 def is_main() -> bool:
@@ -147,16 +152,24 @@ def hush() -> None:
 
 
 def fails_first() -> bool:
-    """Whether to tell of this process's failure: all fail when one does, and the first knows why. It may speak."""
-    if not _joined:
-        return leads()
-    import torch.distributed as dist
+    """Whether to tell of this process's failure: all fail when one does, and the first knows why. It gets stderr back.
 
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    first = dist.TCPStore(address, port, is_master=False).add("dqbench/failed", 1) == 1
-    if first:
-        sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
-    return first
+    The first is who makes a file in the folder that the launcher has made for these processes.
+    """
+    if launched() == 1 or "TORCHELASTIC_ERROR_FILE" not in os.environ:
+        return leads()
+    try:
+        (Path(os.environ["TORCHELASTIC_ERROR_FILE"]).parents[1] / "told").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    sys.stderr = sys.__stderr__
+    return True
+
+
+def tell(line: str) -> None:
+    """Print what has gone wrong, unless another process has."""
+    if fails_first():
+        print(f"dqbench: {line}", file=sys.stderr, flush=True)
 
 
 def short_of_processes() -> bool:

@@ -72,7 +72,7 @@ def stamp(device: str) -> dict[str, Any]:
         "torch": version("torch"),
         "diffusers": version("diffusers"),
         "device": device,
-        "num_processes": processes.count(),
+        "num_processes": processes.joined(),
         **(_cuda(device) if device.startswith("cuda") else {"device_name": platform.processor() or platform.machine()}),
     }
 

@@ -127,7 +127,8 @@ def fill(
     done, own = sum(end - first for first, end in spans), processes.split(batches)
     if (several := processes.count()) > 1:
         title = f"{title}, 1 of {several}"
-        log.info("%s processes: %d batches of at most %d rows", title, len(batches), batch_size)
+        if len(batches) < several:
+            log.info("%s processes: sampler.batch_size leaves work for %d", title, len(batches))
     for rows in track(own, title, done + sum(map(len, own)), done):
         for name, values in produce(rows).items():
             Shards(folder, name).write(rows.start, values)

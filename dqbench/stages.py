@@ -89,17 +89,16 @@ class Store:
 
     def _build(self, folder: Path, depends: dict[str, Any], produce: Callable[[Path], None], together: bool) -> None:
         part = folder.with_suffix(".part")
-        resumed = processes.agreed(lambda: open_part(part))
-        started = time.perf_counter()
+        resumed, started = processes.agreed(lambda: open_part(part)), time.perf_counter()
         with resuming(part):
             produce(part) if together else processes.agreed(lambda: produce(part))
         processes.wait()
-        content = {"depends": depends, "resumed": resumed, "stamp": self.stamp()}
-        processes.agreed(lambda: self._complete(folder, part, content, started))
+        content = {"depends": depends, "resumed": resumed, "seconds": round(time.perf_counter() - started, 3)}
+        processes.agreed(lambda: self._complete(folder, part, content))
 
-    def _complete(self, folder: Path, part: Path, content: dict[str, Any], started: float) -> None:
+    def _complete(self, folder: Path, part: Path, content: dict[str, Any]) -> None:
         shutil.rmtree(part / "scratch", ignore_errors=True)
-        content |= {"seconds": round(time.perf_counter() - started, 3), "files": checksums(part)}
+        content |= {"stamp": self.stamp(), "files": checksums(part)}
         atomic_write(part / MANIFEST, json.dumps(content, indent=1, sort_keys=True))
         part.rename(folder)
         _verified.add(folder)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -77,5 +76,5 @@ def ending() -> Iterator[None]:
     except Exception as error:
         if os.environ.get("DQBENCH_DEBUG"):
             traceback.print_exc()
-        print(f"dqbench: {type(error).__name__}: {one_line(error)}", file=sys.stderr)
+        processes.tell(f"{type(error).__name__}: {one_line(error)}")
         raise SystemExit(1) from error

@@ -118,10 +118,7 @@ def main() -> None:
     """The console script."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us instead of Hydra's own printer
     logging.raiseExceptions = bool(os.environ.get("DQBENCH_DEBUG"))  # a log file on a full disk is no second problem
-    processes.hush()
-    if processes.short_of_processes():
-        given = "accelerate was asked for several processes and has started one; the row will be the same"
-        print(f"dqbench: {given}. N, on CPUs too: --multi_gpu --num_processes N", file=sys.stderr)
+    processes.begin()
     register()
     failures.clear()
     cells.clear()

@@ -145,8 +145,14 @@ def common_folder(parent: Path | None) -> Iterator[Path]:
         yield Path(agreed(lambda: stack.enter_context(TemporaryDirectory(dir=parent))))
 
 
-def hush() -> None:
-    """Let the main process alone speak; DQBENCH_DEBUG lets all."""
+def begin() -> None:
+    """Let the main process alone speak (DQBENCH_DEBUG lets all); warn where it is the only one and was not to be.
+
+    accelerate starts one process without --multi_gpu, however many it is asked for.
+    """
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ and launched() == 1:
+        given = "accelerate was asked for several processes and has started one; the row will be the same"
+        print(f"dqbench: {given}. N, on CPUs too: --multi_gpu --num_processes N", file=sys.stderr)
     if not leads() and not os.environ.get("DQBENCH_DEBUG"):
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (as long as the process lives)
 
@@ -170,8 +176,3 @@ def tell(line: str) -> None:
     """Print what has gone wrong, unless another process has."""
     if fails_first():
         print(f"dqbench: {line}", file=sys.stderr, flush=True)
-
-
-def short_of_processes() -> bool:
-    """Whether accelerate was asked for several processes and has started one, as it does without --multi_gpu."""
-    return "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ and launched() == 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,13 +22,17 @@ from safetensors.torch import load_file
 import dqbench
 from dqbench import processes
 from dqbench.__main__ import follow, read_flags
+from dqbench.config import compose
 from dqbench.errors import UserError
 from dqbench.launching.preflight import choose_device
+from dqbench.run import Cell
 
 ROOT = Path(__file__).resolve().parents[1]
 # A mini-batch of 3 rows is cut unevenly; 4 chains in batches of 8 leave a process without work.
 CELL = ["debug=tiny", "metrics=none", "tracking=none", "recon.batch_size=3"]
-TEXT = ["model=text_mdlm", "method=rtn", "bits=w4a32", "debug=tiny", "tracking=none"]
+TEXT = ["model=text_mdlm", "method=rtn", "bits=w4a32", "debug=tiny", "tracking=none", "sampler.num_samples=8"]
+TEXT += ["sampler.batch_size=4", "metrics.likelihood.count=4", "metrics.likelihood.draws=2", "metrics.bootstrap=2"]
+TEXT += ["metrics.batch_size=4"]  # of everything there are two batches or more
 
 
 def launch(*program: str) -> subprocess.CompletedProcess[str]:
@@ -38,9 +43,10 @@ def launch(*program: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
 
 
-def alone(results: Path, overrides: list[str]) -> None:
-    """The same cell in this process."""
-    dqbench.run([*overrides, f"paths.results={results}"])
+def quantize(results: Path) -> Path:
+    """The folder of CELL's network, made in this process."""
+    cell = Cell(compose([*CELL, f"paths.results={results}"]))
+    return cell.quantize(cell.calibrate()).base.folder
 
 
 def artifacts(results: Path) -> dict[str, Path]:
@@ -70,12 +76,21 @@ def test_two_processes_make_the_row_of_one_and_one_of_them_speaks(tmp_path: Path
     one, two = tmp_path / "one", tmp_path / "two"
     done = launch("-m", "dqbench", *CELL, f"paths.results={two}")
     assert done.returncode == 0, done.stderr
-    alone(one, CELL)
+    mine, theirs = quantize(one), next(two.glob("cache/quantized/*"))
+    learned = [load_file(folder / "denoiser.safetensors") for folder in (mine, theirs)]
+    torch.testing.assert_close(*learned, rtol=0, atol=1e-5)
+    shutil.rmtree(mine)
+    shutil.copytree(theirs, mine)  # from here on the same network: a scale's last bit can change a pixel
+    dqbench.run([*CELL, f"paths.results={one}"])
     assert_equal(one, two)
     mine, theirs = row(one), row(two)
-    for part in ("run_id", "metrics", "cost", "config"):
+    for part in ("run_id", "metrics", "paired", "cost", "diagnostics"):
         assert mine[part] == theirs[part]
-    assert (mine["provenance"]["num_processes"], theirs["provenance"]["num_processes"]) == (1, 2)
+    assert theirs["provenance"]["num_processes"] == 2
+    assert {name: stage["num_processes"] for name, stage in mine["provenance"]["stages"].items() if name != "row"} == {
+        **dict.fromkeys(("calibration", "samples", "scores", "fp32_samples", "fp32_scores", "network_error"), 1),
+        "quantized": 2,
+    }
     assert done.stdout.count("row.json: ") == 1 and done.stderr.count(" starts: ") == 1
     folder = next(two.glob("runs/*"))
     assert {path.name for path in folder.iterdir()} == {
@@ -97,9 +112,9 @@ def test_one_process_fails_for_all_and_another_number_of_them_goes_on(tmp_path: 
     assert failed.returncode != 0 and len(told) == 1 and "no luck in process 1" in told[0], failed.stderr
     folder = next(path for path in two.glob("runs/*") if not (path / "row.json").exists())
     assert "Traceback" in (folder / "dqbench.log").read_text()
-    for cell in (TEXT, CELL):  # the text cell was done before; of the other one two units were
-        alone(two, cell)
-        alone(one, cell)
+    for results in (one, two):  # in two, the text cell is done, and two units of the other one are
+        dqbench.run([*TEXT, f"paths.results={results}"])
+        quantize(results)
     assert_equal(one, two)
     stages = {path.parents[1].name: json.loads(path.read_text()) for path in two.glob("cache/*/*/manifest.json")}
     assert stages["agreement"]["stamp"]["num_processes"] == 2
@@ -142,12 +157,20 @@ def test_each_process_has_a_gpu_of_its_own(second_of_two, wanted: str, gpus: int
 
 
 def test_the_first_to_fail_tells_and_is_heard(second_of_two, capfd) -> None:
-    processes.hush()
+    processes.begin()
     print("not heard")
     processes.tell("the reason")
     processes.tell("what followed from it")
     sys.stdout = sys.__stdout__
     assert capfd.readouterr() == ("", "dqbench: the reason\n")
+
+
+def test_one_process_in_place_of_several_says_so(monkeypatch, capsys) -> None:
+    """What `accelerate launch --cpu --num_processes 2` starts."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    processes.begin()
+    assert capsys.readouterr().err.startswith("dqbench: accelerate was asked for several processes and has started one")
 
 
 def test_several_machines_are_refused(second_of_two) -> None:

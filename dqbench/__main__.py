@@ -125,7 +125,8 @@ def main() -> None:
     try:
         _launch()
     except KeyboardInterrupt:
-        processes.tell("interrupted; the same command goes on from there")
+        if processes.leads():  # all are interrupted at once
+            processes.tell("interrupted; the same command goes on from there")
         sys.exit(130)
     if not failures:
         processes.leave()

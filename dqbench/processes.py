@@ -166,7 +166,7 @@ def fails_first() -> bool:
         return leads()
     try:
         (Path(os.environ["TORCHELASTIC_ERROR_FILE"]).parents[1] / "told").touch(exist_ok=False)
-    except FileExistsError:
+    except (FileExistsError, FileNotFoundError):  # told, or the launcher has cleaned up after those who ended
         return False
     sys.stderr = sys.__stderr__
     return True

@@ -233,16 +233,16 @@ def build(node: DictConfig) -> Any:
         raise UserError(explain(error, where)) from error
 
 
-def compose(overrides: list[str]) -> DictConfig:
+def compose(overrides: list[str], return_hydra_config: bool = False) -> DictConfig:
     """The resolved-on-access config for command-line overrides, as `python -m dqbench` would see it."""
     import hydra
     from hydra.core.global_hydra import GlobalHydra
 
     register()
     if GlobalHydra.instance().is_initialized():
-        return hydra.compose("config", overrides)
+        return hydra.compose("config", overrides, return_hydra_config)
     with hydra.initialize_config_dir(str(data_root() / "conf"), version_base="1.3"):
-        return hydra.compose("config", overrides)
+        return hydra.compose("config", overrides, return_hydra_config)
 
 
 def expand(overrides: list[str]) -> Iterator[list[str]]:

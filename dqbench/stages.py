@@ -10,10 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,14 +68,15 @@ class Store:
 
         Of several processes the main one produces; `together`: all call `produce`, which divides the work.
         """
-        depends = {"version": VERSIONS[stage], **depends}
-        key = digest(depends)
+        depends, key = named(stage, depends)
         folder = self.root / stage / key
         folder.parent.mkdir(parents=True, exist_ok=True)
         with taking_turns(self.root, f"{stage}-{key}"):
             if not processes.agreed(lambda: self._is_whole(folder)):
                 self._build(folder, depends, produce, together)
         manifest = json.loads((folder / MANIFEST).read_text())
+        with suppress(OSError):  # a cache that may only be read
+            os.utime(folder / MANIFEST)  # dqbench.cache tells by it when an artifact was last used
         return Artifact(folder, key, manifest["seconds"], manifest["resumed"], manifest["stamp"])
 
     def _is_whole(self, folder: Path) -> bool:
@@ -102,6 +104,12 @@ class Store:
         atomic_write(part / MANIFEST, json.dumps(content, indent=1, sort_keys=True))
         part.rename(folder)
         _verified.add(folder)
+
+
+def named(stage: str, depends: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """All that an artifact of `stage` depends on, and the key that this gives it."""
+    depends = {"version": VERSIONS[stage], **depends}
+    return depends, digest(depends)
 
 
 @contextmanager

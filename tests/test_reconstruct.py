@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from dqbench.calibration import CalibrationSet
 from dqbench.config import Bits, build, compose
 from dqbench.errors import UserError
+from dqbench.models import load
 from dqbench.quant.attach import calibrating, find_units, prepare, quantize_attention, quantize_inputs
 from dqbench.quant.capture import Recorder, trace_units
 from dqbench.quant.plan import select
@@ -122,6 +124,31 @@ def test_rows_of_a_conditional_network_are_those_of_an_unreplayed_pass(unit, dty
     resumed.remember_all(order[:-1])
     for key, array in resumed.inputs(order[-1], tmp_path / "last").rows.arrays.items():
         assert np.array_equal(array, theirs.rows.arrays[key])
+
+
+@pytest.mark.parametrize("with_output", [True, False])
+def test_a_resumed_recorder_rounds_as_one_that_was_never_killed(with_output, tmp_path):
+    """The student's unit sees its inputs as they are on disk, the teacher's as they come; 8 rows show the layout."""
+    pipe = load(OmegaConf.to_object(compose(["model=digits_ddpm"]).model))
+    draw = torch.Generator().manual_seed(0)
+    calib = CalibrationSet.from_tensors(torch.randn(8, 1, 8, 8, generator=draw), torch.arange(8) * 100)
+    layers = prepare(pipe.unet, select(pipe.unet, Bits(4, 8, 8, 8), [], {}), WEIGHT, {})
+    order = list(trace_units(pipe.unet, list(find_units(pipe.unet, pipe.anatomy.units, layers)), calib))
+
+    def record(recorder: Recorder, names: list[str], folder: Path) -> dict[str, np.ndarray]:
+        found = {}
+        for name in names:
+            call = recorder.inputs(name, folder / name, with_output)
+            recorder.remember(name, call)
+            found |= {f"{name} {key}": array for key, array in call.rows.arrays.items()}
+        return found
+
+    whole = record(Recorder(pipe.unet, calib, tmp_path / "whole", True), order, tmp_path / "inputs")
+    for done in range(3, len(order), 4):
+        resumed = Recorder(pipe.unet, calib, tmp_path / f"{done}", True)
+        resumed.remember_all(order[:done], as_stored=not with_output)
+        for key, array in record(resumed, order[done:], tmp_path / f"{done} inputs").items():
+            assert np.array_equal(array, whole[key]), (done, key)
 
 
 class Pair(nn.Module):

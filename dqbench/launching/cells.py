@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
@@ -35,8 +36,19 @@ class Cells(Callback):
             if processes.launched() > 1:
                 given = "accelerate launch gives several processes to one cell"
                 raise UserError(f"{given}; a sweep starts without it: python -m dqbench -m hydra/launcher=accelerate")
-            given = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
-            admit([compose(overrides) for overrides in expand([*given, *config.hydra.overrides.task])])
+            admit([compose(overrides) for overrides in expand([*axes(config), *config.hydra.overrides.task])])
+
+
+def axes(config: DictConfig) -> list[str]:
+    """What a preset of sweeps/ varies, as overrides; `config`: with Hydra's own node."""
+    return [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
+
+
+def expanded(arguments: Sequence[str]) -> list[list[str]]:
+    """The overrides of each cell that these arguments name: those of a single run, or of a sweep in its order."""
+    parsed = OverridesParser.create().parse_overrides(overrides=list(arguments))
+    fixed = [override.input_line for override in parsed if not override.is_sweep_override()]
+    return list(expand([*axes(compose(fixed, return_hydra_config=True)), *arguments]))
 
 
 def admit(configs: list[DictConfig]) -> None:

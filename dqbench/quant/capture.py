@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves  # diffusers' outputs register here
+from torch.utils._pytree import tree_leaves, tree_map  # diffusers' outputs register here
 
 from dqbench import processes
 from dqbench.calibration import CalibrationSet
@@ -89,16 +89,20 @@ class Recorder:
         return unit(*args, **kwargs)
 
     @torch.no_grad()
-    def remember_all(self, names: Sequence[str]) -> None:
-        """Store the outputs of several units in one pass: what a resumed run needs of the units it has finished."""
+    def remember_all(self, names: Sequence[str], as_stored: bool = False) -> None:
+        """Store the outputs of several units in one pass: what a resumed run needs of the units it has finished.
+
+        as_stored: the units see their inputs as remember() shows them, contiguous as they lie on disk; else as they
+        come. Other strides would choose other kernels, which round otherwise.
+        """
         if not self.replay or not names:
             return
-        one, two = (self._watch_all(names, rows) for rows in PROBES)
+        one, two = (self._watch_all(names, rows, as_stored) for rows in PROBES)
         self.templates = {name: template(name, one[name], two[name]) for name in names}
         for name in names:
             self.outputs.create(self.templates[name], two[name])
         for first, rows in self.spans():
-            for name, output in self._watch_all(names, rows).items():
+            for name, output in self._watch_all(names, rows, as_stored).items():
                 self.outputs.store(self.templates[name], output, first)
             self.outputs.release()
         processes.wait()
@@ -110,9 +114,11 @@ class Recorder:
             self._forward(rows)
         return seen["args"], seen["kwargs"], seen.get("output")
 
-    def _watch_all(self, names: Sequence[str], rows: slice) -> dict[str, Any]:
+    def _watch_all(self, names: Sequence[str], rows: slice, as_stored: bool) -> dict[str, Any]:
         """The outputs of the units in a pass over `rows` that ends at the last of them."""
         with ExitStack() as stack:
+            for name in names:
+                stack.enter_context(_contiguous(self.model.get_submodule(name), as_stored))
             watching = {
                 name: stack.enter_context(_watching(self.model.get_submodule(name), True, stop=name == names[-1]))
                 for name in names
@@ -160,6 +166,23 @@ def _watching(unit: nn.Module, with_output: bool, stop: bool = True) -> Iterator
     handles += [unit.register_forward_hook(after, with_kwargs=True)] if with_output else []
     try:
         yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _contiguous(unit: nn.Module, inputs: bool) -> Iterator[None]:
+    """Let `unit` return what a replayed one does, tensors as they lie on disk; with `inputs` take such tensors too."""
+
+    def plain(value: Any) -> Any:
+        return tree_map(lambda leaf: leaf.contiguous() if isinstance(leaf, Tensor) else leaf, value)
+
+    handles = [unit.register_forward_hook(lambda module, args, output: plain(output))]
+    if inputs:
+        handles.append(unit.register_forward_pre_hook(lambda *call: plain(call[1:]), with_kwargs=True))
+    try:
+        yield
     finally:
         for handle in handles:
             handle.remove()

@@ -64,7 +64,7 @@ def reconstruct_weights(job: Job) -> None:
     done = list(takewhile(lambda name: checkpoints.load(name, weights_of(job, name)), order))
     with recorders(job, order) as (teacher, student):
         teacher.remember_all(done)
-        student.remember_all(done)
+        student.remember_all(done, as_stored=job.recon.asymmetric)
         for name in track(order[len(done) :], "reconstruct weights", len(order), len(done)):
             _reconstruct_weights_of(job, name, teacher, student)
             checkpoints.save(name, weights_of(job, name))

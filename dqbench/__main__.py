@@ -1,5 +1,6 @@
 """python -m dqbench [overrides]: run one cell, or with -m a sweep; finished cells are skipped.
 
+Under `accelerate launch` several processes run one cell (processes.py); the main one speaks and writes.
 Exit status: 0 done, 1 a cell failed, 2 bad input, 130 interrupted.
 """
 
@@ -18,6 +19,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from dqbench import processes
 from dqbench.config import data_root, exit_status, one_line, register, run_id
 from dqbench.errors import UserError
 from dqbench.launching.cells import cells, is_finished, run_folder
@@ -34,13 +36,15 @@ def cell(cfg: DictConfig) -> None:
     name = run_id(cfg)
     try:
         with taking_turns(Path(cfg.paths.cache), f"run-{name}"):
-            if is_finished(cfg) and not cfg.runtime.force:
+            if processes.agreed(lambda: is_finished(cfg)) and not cfg.runtime.force:
                 log.info("%s is done already", name)
                 return
             log.info("%s starts: %s", name, " ".join(HydraConfig.get().overrides.task) or "the default")
             _run(cfg, run_folder(cfg))
     except Exception as error:
         failures.append(error)
+        if not processes.fails_first():
+            return
         overrides = " ".join(HydraConfig.get().overrides.task)
         log.error("run %s failed: %s (%s)", name, reason(error), overrides or "the default", exc_info=True)
 
@@ -49,6 +53,9 @@ def _run(cfg: DictConfig, folder: Path) -> None:
     from dqbench.run import run
     from dqbench.tracking import track
 
+    if not processes.is_main():
+        run(cfg, folder)
+        return
     (folder / "row.json").unlink(missing_ok=True)  # with runtime.force: no row is better than one of an earlier attempt
     with track(cfg, folder.name) as tracker:
         row = run(cfg, folder)
@@ -115,16 +122,21 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # whoever asks it to end gets what Ctrl-C gets
     end_with_launcher()
     logging.raiseExceptions = bool(os.environ.get("DQBENCH_DEBUG"))  # a log file on a full disk is no second problem
+    processes.begin()
     register()
     failures.clear()
     cells.clear()
     try:
         _launch()
     except KeyboardInterrupt:
-        print("dqbench: interrupted; the same command goes on from there", file=sys.stderr)
+        if processes.leads():  # all are interrupted at once
+            processes.tell("interrupted; the same command goes on from there")
         sys.exit(130)
-    missing = report()
-    write_studies()
+    if not failures:
+        processes.leave()
+    missing = report() if processes.leads() else 0
+    if processes.leads():
+        write_studies()
     if failures or missing:
         sys.exit(2 if len(cells) == 1 and failures and isinstance(failures[-1], UserError) else 1)
 
@@ -143,17 +155,27 @@ def read_flags(argv: list[str]) -> None:
         raise UserError(f"{unknown[0]} is no flag; write overrides as key=value, after the flags; see --help")
 
 
+def follow(argv: list[str]) -> None:
+    """Have Hydra make no folders and no log in this process; its parser wants all overrides side by side."""
+    own = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=follower"]
+    places = [i for i, argument in enumerate(argv) if i and "=" in argument and not argument.startswith("-")]
+    place = places[0] if places else len(argv)
+    argv[place:place] = own
+
+
 def _launch() -> None:
     """Let Hydra run the cells. Returns when all that could run have run; ends the program where none may."""
     try:
         with exit_status():
             read_flags(sys.argv)
+            if not processes.leads():
+                follow(sys.argv)
             hydra_main()
     except SystemExit as end:
         if end.code or not cells:  # not 0, or --help and the like; else all cells were finished before
             raise
     except (OSError, ValueError) as error:  # Hydra cannot read the command line, or cannot write to the results
-        print(f"dqbench: {reason(error) if isinstance(error, OSError) else explain(error)}", file=sys.stderr)
+        processes.tell(reason(error) if isinstance(error, OSError) else explain(error))
         sys.exit(1 if isinstance(error, OSError) else 2)
 
 

@@ -19,6 +19,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dqbench.errors import UserError
+from dqbench.processes import tell
 
 NOT_HASHED = ("hydra", "tracking", "paths", "runtime", "table", "scale", "debug", "base", "published")
 THROUGHPUT = {"sampler": ("batch_size",), "metrics": ("batch_size",)}  # how fast a result comes, not the result
@@ -279,7 +280,7 @@ def exit_status() -> Iterator[None]:
     except (UserError, HydraException, OmegaConfBaseException) as error:
         if os.environ.get("DQBENCH_DEBUG"):
             raise
-        print(f"dqbench: {explain(error)}", file=sys.stderr)
+        tell(explain(error))
         sys.exit(2)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
+from dqbench import processes
 from dqbench.calibration import CalibrationSet, recorded_inputs
 from dqbench.metrics.base import Metric, mean_interval
 from dqbench.models import denoiser
@@ -30,9 +31,10 @@ def noise_errors(pipe: DiffusionPipeline, trajectory: Path) -> np.ndarray:
     """||eps_q - eps|| / ||eps|| at the inputs of a full-precision trajectory: [chains, G, steps]."""
     arrays, wanted = recorded_inputs(trajectory), Shards(trajectory, "output")
     chains, halves, steps = wanted.shape[:3]
-    errors = np.empty((chains, halves, steps))
+    errors = np.zeros((chains, halves, steps))
     spans = [(first, step) for first in range(0, chains, BATCH) for step in range(steps)]
-    for first, step in track(spans, "noise error", len(spans)):
+    own = processes.split(spans)
+    for first, step in track(own, "noise error", len(own)):
         part = range(first, min(first + BATCH, chains))
         inputs = {name: np.concatenate([array[c][:, step] for c in part]) for name, array in arrays.items()}
         rows = CalibrationSet(inputs, np.full(len(part) * halves, step), dtype=denoiser(pipe).dtype)
@@ -40,7 +42,7 @@ def noise_errors(pipe: DiffusionPipeline, trajectory: Path) -> np.ndarray:
         exact = torch.from_numpy(np.concatenate([wanted[c][:, step] for c in part]))
         relative = (predicted.float() - exact).flatten(1).norm(dim=1) / exact.float().flatten(1).norm(dim=1)
         errors[part.start : part.stop, :, step] = relative.reshape(len(part), halves).numpy()
-    return errors
+    return processes.add_up(torch.from_numpy(errors)).numpy()
 
 
 def mean_over_chains(errors: np.ndarray) -> Metric:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from diffusers import DiffusionPipeline
 
+from dqbench import processes
 from dqbench.calibration import calibration_seeds, record_trajectory, select
 from dqbench.diagnostics import mean_over_chains, noise_error_curves, noise_errors, save_grid
 from dqbench.metrics.base import Metric
@@ -48,6 +49,7 @@ def trajectory(cell: Cell, chains: int, purpose: str) -> Artifact:
         "trajectory",
         {**cell.origin, "chains": chains, "purpose": purpose},
         lambda folder: record_trajectory(cell.pipe, cell.sampler, chains, seeds, folder),
+        together=True,
     )
 
 
@@ -73,10 +75,13 @@ def network_error(cell: Cell, quantized: Quantized) -> Artifact:
     probe = trajectory(cell, min(PROBE_CHAINS, cell.sampler.num_samples), "probe")
 
     def produce(folder: Path) -> None:
-        save_array(folder / "errors.npy", noise_errors(cell.load(quantized), probe.folder))
-        save_array(folder / "timestep.npy", Shards(probe.folder, "timestep")[0][0])
+        errors = noise_errors(cell.load(quantized), probe.folder)
+        if processes.is_main():
+            save_array(folder / "errors.npy", errors)
+            save_array(folder / "timestep.npy", Shards(probe.folder, "timestep")[0][0])
 
-    return cell.store.get("noise_error", {"probe": probe.key, "quantized": quantized.denoiser.key}, produce)
+    depends = {"probe": probe.key, "quantized": quantized.denoiser.key}
+    return cell.store.get("noise_error", depends, produce, together=True)
 
 
 def compare(samples: np.ndarray, reference: np.ndarray, error: Artifact) -> dict[str, Metric]:

@@ -17,6 +17,8 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from dqbench import processes
+
 Item = TypeVar("Item")
 SECONDS_BETWEEN_LINES = 60
 SECONDS_BETWEEN_STATUSES = 0.2
@@ -25,7 +27,9 @@ log = logging.getLogger(__name__)
 
 
 def track(items: Iterable[Item], description: str, total: int, done: int = 0) -> Iterator[Item]:
-    """Iterate, showing how far it is; an item that is a range counts as its length."""
+    """Iterate, showing how far it is; an item that is a range counts as its length. Of several processes one shows."""
+    if not processes.is_main():
+        return iter(items)
     console = Console(stderr=True)
     if console.is_terminal:
         return _bar(items, description, total, done, console)

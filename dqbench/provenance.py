@@ -15,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from dqbench import processes
 from dqbench.config import data_root
 
 LIBRARIES = (
@@ -63,7 +64,7 @@ def provenance(
 
 
 def stamp(device: str) -> dict[str, Any]:
-    """The state in which an artifact is made, for its manifest: code, libraries, device and its arithmetic."""
+    """The state in which an artifact is made, for its manifest: code, libraries, device, its arithmetic, processes."""
     commit, dirty = _our_git_state()
     return {
         "git_commit": commit,
@@ -71,6 +72,7 @@ def stamp(device: str) -> dict[str, Any]:
         "torch": version("torch"),
         "diffusers": version("diffusers"),
         "device": device,
+        "num_processes": processes.joined(),
         **(_cuda(device) if device.startswith("cuda") else {"device_name": platform.processor() or platform.machine()}),
     }
 

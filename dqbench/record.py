@@ -43,8 +43,8 @@ class Stages:
         return {name: artifact for name, artifact in named.items() if artifact is not None}
 
 
-def record(cell: Cell, stages: Stages) -> Row:
-    """Compare, bill, stamp."""
+def record(cell: Cell, stages: Stages, peak: int) -> Row:
+    """Compare, bill, stamp. peak: the most memory, in bytes, that any process of the run has used so far."""
     scores, full = read_metrics(stages.scores), read_metrics(stages.reference_scores)
     quantized = stages.error is not None
     return Row(
@@ -55,7 +55,7 @@ def record(cell: Cell, stages: Stages) -> Row:
         difference={name: difference(metric, full[name]) for name, metric in scores.items()} if quantized else {},
         paired=compare(cell, stages),
         cost=bill(cell, stages.quantized),
-        timing=timing(stages),
+        timing=timing(stages, peak),
         provenance=provenance(
             cell.device,
             cell.model.dtype,
@@ -93,9 +93,10 @@ def bill(cell: Cell, quantized: Quantized) -> dict[str, Any]:
     return asdict(cost.cost(found, plan, bits, attention_groups(student), cell.model.dtype))
 
 
-def timing(stages: Stages) -> dict[str, float]:
+def timing(stages: Stages, peak: int) -> dict[str, float]:
     """Seconds each stage took when it was computed, by this cell or by the one that shares it; peak bytes of this run.
 
+    With several processes: from the main one's start of a stage to the last one's end; the largest process's peak.
     resumed_stages: how many of them continued a killed attempt, whose own seconds are not counted.
     """
     return {
@@ -104,7 +105,7 @@ def timing(stages: Stages) -> dict[str, float]:
         "generate_s": stages.samples.seconds,
         "score_s": stages.scores.seconds,
         "resumed_stages": sum(artifact.resumed for artifact in stages.named().values()),
-        "peak_memory_bytes": peak_memory(),
+        "peak_memory_bytes": max(peak, peak_memory()),
     }
 
 

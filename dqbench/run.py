@@ -14,18 +14,20 @@ import torch
 from diffusers import DiffusionPipeline
 from omegaconf import DictConfig, OmegaConf
 
+from dqbench import processes
 from dqbench.calibration import CalibrationSet
 from dqbench.config import THROUGHPUT, build, compose, digest, hashed, plain, run_id
 from dqbench.launching.checks import check
-from dqbench.launching.preflight import choose_device, preflight
+from dqbench.launching.preflight import choose_device, meet, preflight
 from dqbench.methods.fp32 import FP32
+from dqbench.metrics.base import Metric
 from dqbench.modality import check_modality, modality_of
 from dqbench.models import checkpoint_hash, denoiser, load, read_prompts
 from dqbench.noise_statistics import collect, estimate, statistics_seeds
 from dqbench.provenance import stamp
 from dqbench.quant.checkpoint import load_denoiser, save_denoiser
 from dqbench.record import Stages, picture, record, write_json
-from dqbench.resources import full_float32, restart_peak, set_threads
+from dqbench.resources import full_float32, peak_memory, restart_peak, set_threads
 from dqbench.results import Row, finished
 from dqbench.sampling import set_sampler
 from dqbench.shards import Shards, fill
@@ -35,7 +37,7 @@ from dqbench.stages import Artifact, Store, checksums, taking_turns
 def run(cfg: DictConfig, folder: Path | None = None) -> Row:
     """One cell: from its resolved config to its row. What other cells have computed already is read, not computed.
 
-    `folder`, where given, gets the pictures and then the row.
+    `folder`, where given, gets the pictures and then the row. Several processes (processes.py) divide the work.
     """
     restart_peak()
     cell = Cell(cfg)
@@ -45,7 +47,13 @@ def run(cfg: DictConfig, folder: Path | None = None) -> Row:
     scores, reference_scores = cell.score(samples, quantized), cell.score(reference, cell.full_precision)
     error = cell.network_error(quantized)
     stages = Stages(calib, quantized, samples, reference, scores, reference_scores, error)
-    row = record(cell, stages)
+    peak = processes.largest(peak_memory())
+    return processes.agreed(lambda: conclude(cell, stages, peak, folder))
+
+
+def conclude(cell: Cell, stages: Stages, peak: int, folder: Path | None) -> Row:
+    """The row of finished stages, and what is written of it."""
+    row = record(cell, stages, peak)
     if folder is not None:
         picture(cell, row, stages, folder)
         row.write(folder)
@@ -172,20 +180,27 @@ class Cell:
         patterns = ("units", "official_order", "shortcuts", "time_embedding")
         family = {key: plain(self.cfg.model)[key] for key in patterns}
         depends = {**self.origin, "family": family, "method": plain(node)}
-        return self.artifact(depends, lambda rows: method(self.pipe, rows, self.bits), calib)
+        together = getattr(method, "together", False)
+        return self.artifact(depends, lambda rows: method(self.pipe, rows, self.bits), calib, together)
 
     def artifact(
-        self, depends: dict[str, Any], make: Callable[[CalibrationSet], DiffusionPipeline], calib: Artifact
+        self,
+        depends: dict[str, Any],
+        make: Callable[[CalibrationSet], DiffusionPipeline],
+        calib: Artifact,
+        together: bool = False,
     ) -> Artifact:
         """The denoiser that `make` returns for the calibration set."""
         size = self.calib.batch_size
 
         def produce(folder: Path) -> None:
             rows = CalibrationSet.open(calib.folder, self.seed, size, getattr(torch, self.model.dtype))
-            save_denoiser(make(rows), folder)
+            made = make(rows)
+            if processes.is_main():
+                save_denoiser(made, folder)
 
         depends = {**depends, "calibration": calib.key, "calibration_batch": size, "bits": plain(self.cfg.bits)}
-        return self.store.get("quantized", depends, produce)
+        return self.store.get("quantized", depends, produce, together)
 
     def statistics(self, quantized: Artifact) -> Artifact:
         """How a quantized denoiser's predicted noise differs from full precision's, along chains of its own."""
@@ -196,7 +211,7 @@ class Cell:
             collect(self.pipe, student, self.sampler, self.method.chains, seeds, folder)
 
         depends = {**self.origin, "quantized": quantized.key, "chains": self.method.chains}
-        return self.store.get("statistics", depends, produce)
+        return self.store.get("statistics", depends, produce, together=True)
 
     def diagnostics(self, quantized: Quantized) -> dict[str, Any]:
         """Groups of curves that the method has to show beside its numbers."""
@@ -224,29 +239,37 @@ class Cell:
             pipe = self.load(quantized)
             title = "quantized samples" if quantized.denoiser else "fp32 samples"
             fill(folder, count, self.sampler.batch_size, lambda rows: self.modality.sample(self, pipe, rows), title)
-            self.modality.check_samples(Shards(folder, "sample").read())
+            processes.agreed(lambda: self.modality.check_samples(Shards(folder, "sample").read()))
 
-        return self.store.get("samples", {**self.origin, "quantized": quantized.key, "num_samples": count}, produce)
+        depends = {**self.origin, "quantized": quantized.key, "num_samples": count}
+        return self.store.get("samples", depends, produce, together=True)
 
     def score(self, samples: Artifact, quantized: Quantized) -> Artifact:
         """The metrics of a sample set against real data, and of the network that made it where a metric asks for it."""
 
         def produce(folder: Path) -> None:
-            made = Shards(samples.folder, "sample").read()
-            scores = self.metrics.score(made, self.model.data, self.references, device=self.device)
-            if hasattr(self.metrics, "score_network"):
+            scores = processes.agreed(lambda: self.score_samples(samples))
+            if asks_network:
                 scores |= self.metrics.score_network(self.load(quantized), self.model)
-            write_json(folder / "metrics.json", {name: asdict(metric) for name, metric in scores.items()})
+            if processes.is_main():
+                write_json(folder / "metrics.json", {name: asdict(metric) for name, metric in scores.items()})
 
-        unhashed = (*THROUGHPUT["metrics"], "weights")
+        asks_network, unhashed = hasattr(self.metrics, "score_network"), (*THROUGHPUT["metrics"], "weights")
         metrics = {key: value for key, value in plain(self.cfg.metrics).items() if key not in unhashed}
         depends = {"samples": samples.key, "metrics": metrics, "weights": self.metrics.weights_hash()}
-        return self.store.get("scores", {**depends, "reference": self.reference_hash}, produce)
+        return self.store.get("scores", {**depends, "reference": self.reference_hash}, produce, together=asks_network)
+
+    def score_samples(self, samples: Artifact) -> dict[str, Metric]:
+        """The metrics of a sample set against real data."""
+        made = Shards(samples.folder, "sample").read()
+        return self.metrics.score(made, self.model.data, self.references, device=self.device)
 
     @cached_property
     def reference_hash(self) -> str | None:
         """Of the statistics of real data that samples are scored against."""
-        return self.metrics.reference_hash(self.model.data, self.references, device=self.device)
+        return processes.agreed(
+            lambda: self.metrics.reference_hash(self.model.data, self.references, device=self.device)
+        )
 
     @property
     def references(self) -> Path:
@@ -272,9 +295,11 @@ class _Callable(ModuleType):
     def __call__(self, overrides: Sequence[str] = ()) -> Row:
         """One cell, as `python -m dqbench` with these overrides; a finished row is read, not computed again."""
         cfg = compose(list(overrides))
+        meet(cfg.runtime.device)
         folder = Path(cfg.paths.results) / "runs" / run_id(cfg)
         with taking_turns(Path(cfg.paths.cache), f"run-{folder.name}"):
-            if (row := finished(folder)) is not None and not cfg.runtime.force:
+            row = None if cfg.runtime.force else processes.agreed(lambda: finished(folder))
+            if row is not None:
                 return row
             folder.mkdir(parents=True, exist_ok=True)
             return run(cfg, folder)

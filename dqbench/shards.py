@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import functools
 import io
+import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,7 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
+from dqbench import processes
 from dqbench.progress import track
+
+log = logging.getLogger(__name__)
 
 
 def save_array(path: Path, values: np.ndarray) -> None:
@@ -115,14 +119,27 @@ def fill(
 ) -> None:
     """Write rows 0..count-1 of the arrays that `produce(rows)` returns by name, missing batches only, showing progress.
 
-    An empty file `<first>-<end>.done` follows the arrays of a batch; what a killed attempt wrote without it is dropped.
+    An empty file `<first>-<end>.done` follows the arrays of a batch. Several processes divide the batches among them:
+    the batches, and so the rounding, are those of one process.
     """
+    spans = processes.agreed(lambda: finished_spans(folder))
+    batches = list(missing(spans, count, batch_size))
+    done, own = sum(end - first for first, end in spans), processes.split(batches)
+    if (several := processes.count()) > 1:
+        title = f"{title}, 1 of {several}"
+        if len(batches) < several:
+            log.info("%s processes: sampler.batch_size leaves work for %d", title, len(batches))
+    for rows in track(own, title, done + sum(map(len, own)), done):
+        for name, values in produce(rows).items():
+            Shards(folder, name).write(rows.start, values)
+        (folder / f"{rows.start:07d}-{rows.stop:07d}.done").touch()
+    processes.wait()
+
+
+def finished_spans(folder: Path) -> list[tuple[int, int]]:
+    """The (first, end) of finished batches; what a killed attempt wrote of others is dropped."""
     spans = sorted(tuple(map(int, path.stem.split("-"))) for path in folder.glob("*-*.done"))
     for array in arrays(folder).values():
         for span in set(array.spans()) - set(spans):
             array.path(*span).unlink()
-    done = sum(end - first for first, end in spans)
-    for rows in track(missing(spans, count, batch_size), title, count, done):
-        for name, values in produce(rows).items():
-            Shards(folder, name).write(rows.start, values)
-        (folder / f"{rows.start:07d}-{rows.stop:07d}.done").touch()
+    return spans

@@ -1,7 +1,8 @@
 """Artifacts: folders named by the hash of what they depend on, built once, shared by cells, resumed after a kill.
 
 A stage builds in `<key>.part`, which survives a kill, and is renamed to `<key>` when complete, with a manifest of
-checksums. Two processes that want the same artifact take turns at a lock; the second finds it done.
+checksums. Two runs that want the same artifact take turns at a lock; the second finds it done. Of the processes of one
+run (processes.py) the main one holds the locks, looks, completes and renames.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from dqbench import processes
 from dqbench.config import digest
 from dqbench.progress import tell
 from dqbench.results import atomic_write
@@ -60,14 +62,19 @@ class Store:
     root: Path
     stamp: Callable[[], dict[str, Any]] = dict
 
-    def get(self, stage: str, depends: dict[str, Any], produce: Callable[[Path], None]) -> Artifact:
-        """The artifact of `stage` for `depends` (JSON-able); built by `produce(folder)` unless it is whole."""
+    def get(
+        self, stage: str, depends: dict[str, Any], produce: Callable[[Path], None], together: bool = False
+    ) -> Artifact:
+        """The artifact of `stage` for `depends` (JSON-able); built by `produce(folder)` unless it is whole.
+
+        Of several processes the main one produces; `together`: all call `produce`, which divides the work.
+        """
         depends, key = named(stage, depends)
         folder = self.root / stage / key
         folder.parent.mkdir(parents=True, exist_ok=True)
         with taking_turns(self.root, f"{stage}-{key}"):
-            if not self._is_whole(folder):
-                self._produce(folder, depends, produce)
+            if not processes.agreed(lambda: self._is_whole(folder)):
+                self._build(folder, depends, produce, together)
         manifest = json.loads((folder / MANIFEST).read_text())
         with suppress(OSError):  # a cache that may only be read
             os.utime(folder / MANIFEST)  # dqbench.cache tells by it when an artifact was last used
@@ -83,18 +90,18 @@ class Store:
         _verified.add(folder)
         return True
 
-    def _produce(self, folder: Path, depends: dict[str, Any], produce: Callable[[Path], None]) -> None:
+    def _build(self, folder: Path, depends: dict[str, Any], produce: Callable[[Path], None], together: bool) -> None:
         part = folder.with_suffix(".part")
-        resumed = part.exists()
-        part.mkdir(exist_ok=True)
-        drop_temporaries(part)
-        started = time.perf_counter()
+        resumed, started = processes.agreed(lambda: open_part(part)), time.perf_counter()
         with resuming(part):
-            produce(part)
+            produce(part) if together else processes.agreed(lambda: produce(part))
+        processes.wait()
+        content = {"depends": depends, "resumed": resumed, "seconds": round(time.perf_counter() - started, 3)}
+        processes.agreed(lambda: self._complete(folder, part, content))
+
+    def _complete(self, folder: Path, part: Path, content: dict[str, Any]) -> None:
         shutil.rmtree(part / "scratch", ignore_errors=True)
-        seconds = round(time.perf_counter() - started, 3)
-        content = {"depends": depends, "seconds": seconds, "resumed": resumed, "stamp": self.stamp()}
-        content["files"] = checksums(part)
+        content |= {"stamp": self.stamp(), "files": checksums(part)}
         atomic_write(part / MANIFEST, json.dumps(content, indent=1, sort_keys=True))
         part.rename(folder)
         _verified.add(folder)
@@ -108,7 +115,13 @@ def named(stage: str, depends: dict[str, Any]) -> tuple[dict[str, Any], str]:
 
 @contextmanager
 def taking_turns(root: Path, name: str) -> Iterator[None]:
-    """Hold the lock `name` of the cache `root`; the system lets go of it when the process dies, however it dies."""
+    """Hold the lock `name` of the cache `root`; the system lets go of it when the process dies, however it dies.
+
+    Of several processes of one run the main one holds it; the others go on, to where they wait for what it decides.
+    """
+    if not processes.is_main():
+        yield
+        return
     folder = root / ".locks"
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / name)
@@ -124,10 +137,13 @@ def taking_turns(root: Path, name: str) -> Iterator[None]:
         lock.release()
 
 
-def drop_temporaries(part: Path) -> None:
-    """Delete the temporary folders that a killed attempt had in its scratch folders."""
+def open_part(part: Path) -> bool:
+    """Make the folder of an attempt, or go on in a killed one's: True, and its temporary folders are deleted."""
+    resumed = part.exists()
+    part.mkdir(exist_ok=True)
     for folder in (part / "scratch").glob("*/tmp*"):
         shutil.rmtree(folder)
+    return resumed
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,9 +12,12 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from dqbench import processes
 from dqbench.config import build, compose, exit_status, expand, one_line, run_id
+from dqbench.errors import UserError
 from dqbench.launching.checks import check
 from dqbench.launching.table import axes
+from dqbench.launching.preflight import meet
 
 cells: list[DictConfig] = []  # of this invocation: one, or those of a sweep
 
@@ -31,6 +33,9 @@ class Cells(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """A sweep: hydra.sweeper.params of a preset, then the command line."""
         with ending():
+            if processes.launched() > 1:
+                given = "accelerate launch gives several processes to one cell"
+                raise UserError(f"{given}; a sweep starts without it: python -m dqbench -m hydra/launcher=accelerate")
             admit([compose(overrides) for overrides in expand([*axes(config), *config.hydra.overrides.task])])
 
 
@@ -39,7 +44,8 @@ def admit(configs: list[DictConfig]) -> None:
     for cfg in configs:
         check(cfg)
     cells[:] = configs
-    pending = [cfg for cfg in configs if cfg.runtime.force or not is_finished(cfg)]
+    meet(configs[0].runtime.device)
+    pending = processes.agreed(lambda: [cfg for cfg in configs if cfg.runtime.force or not is_finished(cfg)])
     if not pending:
         raise SystemExit(0)
     from dqbench.run import Cell
@@ -70,5 +76,5 @@ def ending() -> Iterator[None]:
     except Exception as error:
         if os.environ.get("DQBENCH_DEBUG"):
             traceback.print_exc()
-        print(f"dqbench: {type(error).__name__}: {one_line(error)}", file=sys.stderr)
+        processes.tell(f"{type(error).__name__}: {one_line(error)}")
         raise SystemExit(1) from error

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
 
+from dqbench import processes
 from dqbench.config import Model, Sampler
 from dqbench.errors import UserError
 
@@ -54,19 +56,35 @@ def check_call(model: Model, sampler: Sampler) -> None:
 
 
 def choose_device(wanted: str) -> str:
-    """The device that runtime.device asks for: `auto` is CUDA where there is one."""
+    """The device that runtime.device asks for: `auto` is CUDA where there is one; several processes have one each."""
     import torch
 
     count = torch.cuda.device_count()
     if wanted == "auto":
-        return "cuda" if count else "cpu"
+        wanted = "cuda" if count and os.environ.get("ACCELERATE_USE_CPU") != "True" else "cpu"
     if not (match := re.fullmatch(r"cpu|cuda(?::(\d+))?", wanted)):
         raise UserError(f"runtime.device={wanted} is unknown; allowed: auto, cpu, cuda, cuda:N")
     if wanted != "cpu" and int(match[1] or 0) >= count:
         there = ", ".join(["auto", "cpu", *(["cuda"] if count else []), *(f"cuda:{i}" for i in range(count))])
         sees = f"torch {torch.__version__} sees {count or 'no'} CUDA devices"
         raise UserError(f"runtime.device={wanted}: {sees}; allowed: {there}")
-    return wanted
+    return wanted if wanted == "cpu" or processes.launched() == 1 else own_gpu(wanted, count)
+
+
+def meet(wanted: str) -> None:
+    """Join the other processes that accelerate has started, if any, on the device that runtime.device asks for."""
+    if processes.launched() > 1:
+        processes.join(choose_device(wanted))
+
+
+def own_gpu(wanted: str, count: int) -> str:
+    """The GPU of this one of several processes."""
+    if wanted != "cuda":
+        raise UserError(f"runtime.device={wanted} is one GPU for {processes.launched()} processes; allowed: auto, cuda")
+    if processes.launched() > count:
+        allowed = f"--num_processes {count} or fewer, or runtime.device=cpu"
+        raise UserError(f"{processes.launched()} processes need as many GPUs, {count} are here; allowed: {allowed}")
+    return f"cuda:{os.environ['LOCAL_RANK']}"
 
 
 def scheduler_of(folder: Path, model: Model, sampler: Sampler) -> Any:

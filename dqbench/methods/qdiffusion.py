@@ -45,6 +45,8 @@ class QDiffusion:
     split: bool  # shortcut-splitting quantization
     running: bool  # after the initial ranges, follow the whole calibration set by act.over
 
+    together = True  # several processes divide the mini-batches of its reconstruction
+
     def __post_init__(self) -> None:
         if self.running and self.act.over == "first":
             raise UserError(

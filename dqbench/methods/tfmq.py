@@ -118,6 +118,7 @@ class TFMQ:
     maintenance: Maintenance
 
     modalities = ("image",)
+    together = True  # several processes divide the mini-batches of its reconstruction
 
     def __post_init__(self) -> None:
         check_choice("method.tiar.timesteps", self.tiar.timesteps, ("none", "all", "calibration"))

@@ -1,7 +1,8 @@
 """Inputs and outputs of reconstruction units over a calibration set, on disk, each unit computed once.
 
 In execution order the units before the current one are replayed: their forward returns the stored output, so that a
-pass up to unit k costs the glue between units (norms, concatenations), not the prefix of the network.
+pass up to unit k costs the glue between units (norms, concatenations), not the prefix of the network. Several processes
+divide the rows among them and share the files.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map  # diffusers' outputs register here
 
+from dqbench import processes
 from dqbench.calibration import CalibrationSet
 from dqbench.errors import UserError
 from dqbench.quant.rows import Call, Rows, storable, template
@@ -45,10 +47,10 @@ class Recorder:
         self.units: dict[str, nn.Module] = {}
         self.templates: dict[str, Any] = {}
 
-    def spans(self) -> Iterator[tuple[int, slice]]:
-        """Consecutive row ranges of the calibration set."""
-        for first in range(0, len(self.calib), BATCH):
-            yield first, slice(first, min(first + BATCH, len(self.calib)))
+    def spans(self) -> list[tuple[int, slice]]:
+        """This process's consecutive row ranges of the calibration set."""
+        firsts = list(range(0, len(self.calib), BATCH))
+        return [(first, slice(first, min(first + BATCH, len(self.calib)))) for first in processes.split(firsts)]
 
     @torch.no_grad()
     def inputs(self, name: str, folder: Path, with_output: bool = False) -> Call:
@@ -56,10 +58,12 @@ class Recorder:
         one, two = (self._watch(name, rows, with_output) for rows in PROBES)
         args, kwargs = template("input", one[:2], two[:2])
         call = Call(Rows(folder, len(self.calib)), args, kwargs, output=template("output", one[2], two[2]))
+        call.rows.create((args, kwargs, call.output), two)
         for first, rows in self.spans():
             call.rows.store((args, kwargs, call.output), self._watch(name, rows, with_output), first)
             self.outputs.release()
             call.rows.release()
+        processes.wait()
         return call
 
     @torch.no_grad()
@@ -70,10 +74,12 @@ class Recorder:
         unit = self.model.get_submodule(name)
         one, two = (self._returned(unit, call, rows) for rows in PROBES)
         self.templates[name] = template(name, one, two)
+        self.outputs.create(self.templates[name], two)
         for first, rows in self.spans():
             self.outputs.store(self.templates[name], self._returned(unit, call, rows), first)
             self.outputs.release()
             call.rows.release()
+        processes.wait()
         self.units[name] = unit
 
     def _returned(self, unit: nn.Module, call: Call, rows: slice) -> Any:
@@ -93,10 +99,13 @@ class Recorder:
             return
         one, two = (self._watch_all(names, rows, as_stored) for rows in PROBES)
         self.templates = {name: template(name, one[name], two[name]) for name in names}
+        for name in names:
+            self.outputs.create(self.templates[name], two[name])
         for first, rows in self.spans():
             for name, output in self._watch_all(names, rows, as_stored).items():
                 self.outputs.store(self.templates[name], output, first)
             self.outputs.release()
+        processes.wait()
         self.units = {name: self.model.get_submodule(name) for name in names}
 
     def _watch(self, name: str, rows: slice, with_output: bool) -> tuple[tuple, dict[str, Any], Any]:

@@ -1,4 +1,7 @@
-"""Block reconstruction: AdaRound weights unit by unit, then activation steps (BRECQ, as Q-Diffusion uses it)."""
+"""Block reconstruction: AdaRound weights unit by unit, then activation steps (BRECQ, as Q-Diffusion uses it).
+
+Several processes draw the same mini-batches and take a part of each; a gradient is the whole mini-batch's.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import chain, takewhile
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from dqbench import processes
 from dqbench.calibration import CalibrationSet, named_generator, named_seed
 from dqbench.config import Recon
 from dqbench.progress import track
@@ -74,9 +76,9 @@ def weights_of(job: Job, name: str) -> dict[str, Tensor]:
 
 
 def _reconstruct_weights_of(job: Job, name: str, teacher: Recorder, student: Recorder) -> None:
-    with TemporaryDirectory(dir=teacher.outputs.folder.parent) as folder:
-        target = teacher.inputs(name, Path(folder, "teacher"), with_output=True)
-        source = student.inputs(name, Path(folder, "student")) if job.recon.asymmetric else target
+    with processes.common_folder(teacher.outputs.folder.parent) as folder:
+        target = teacher.inputs(name, folder / "teacher", with_output=True)
+        source = student.inputs(name, folder / "student") if job.recon.asymmetric else target
         learn_rounding(job, name, source, target)
         teacher.remember(name, target)
         student.remember(name, source)
@@ -96,14 +98,23 @@ def learn_rounding(job: Job, name: str, source: Call, target: Call) -> float:
         rounding(members, recon.split_penalty == "first") as rounders,
     ):
         optimizer = torch.optim.Adam([rounder.alpha for rounder in rounders], lr=recon.lr, fused=True)
-        for count, (args, kwargs, wanted) in enumerate(mini_batches(job, name, source, target, recon.iters), start=1):
+        for count, batch in enumerate(mini_batches(job, name, source, target, recon.iters), start=1):
             set_beta(rounders, recon, count)
-            output = first_tensor(unit(*args, **kwargs))
-            loss, slope = reconstruction_loss(output, wanted, recon.p)
-            optimizer.zero_grad()
-            output.backward(slope)
-            optimizer.step()
+            loss = descend(unit, batch, optimizer, recon.p)
     return float(loss)
+
+
+def descend(unit: nn.Module, batch: Part, optimizer: torch.optim.Optimizer, p: float) -> Tensor:
+    """One step down the gradient of a mini-batch's reconstruction loss; returns the loss of this process's part."""
+    optimizer.zero_grad()
+    loss = torch.zeros(())
+    if len(batch.wanted):
+        output = first_tensor(unit(*batch.args, **batch.kwargs))
+        loss, slope = reconstruction_loss(output, batch.wanted, p)
+        output.backward(slope)
+    processes.average_gradients(optimizer.param_groups[0]["params"], batch.share)
+    optimizer.step()
+    return loss
 
 
 def set_beta(rounders: Sequence[AdaRound], recon: Recon, count: int) -> None:
@@ -125,8 +136,8 @@ def reconstruct_activations(job: Job) -> None:
     with recorders(job, order) as (teacher, _):
         teacher.remember_all(done)
         for name in track(order[len(done) :], "reconstruct activations", len(order), len(done)):
-            with TemporaryDirectory(dir=teacher.outputs.folder.parent) as folder:
-                call = teacher.inputs(name, Path(folder), with_output=True)
+            with processes.common_folder(teacher.outputs.folder.parent) as folder:
+                call = teacher.inputs(name, folder, with_output=True)
                 learn_steps(job, name, call)
                 teacher.remember(name, call)
             checkpoints.save(name, steps_of(job.student.get_submodule(name)))
@@ -146,12 +157,8 @@ def learn_steps(job: Job, name: str, call: Call) -> None:
         optimizer = torch.optim.Adam(scales, lr=recon.lr_act, fused=True)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recon.iters_act)
         bounds = [(scale.detach() / 2, scale.detach() * 2) for scale in scales] if recon.bound_steps else []
-        for args, kwargs, wanted in mini_batches(job, name, call, call, recon.iters_act):
-            output = first_tensor(unit(*args, **kwargs))
-            _, slope = reconstruction_loss(output, wanted, recon.p_act)
-            optimizer.zero_grad()
-            output.backward(slope)
-            optimizer.step()
+        for batch in mini_batches(job, name, call, call, recon.iters_act):
+            descend(unit, batch, optimizer, recon.p_act)
             schedule.step()
             for scale, (low, high) in zip(scales, bounds, strict=False):
                 scale.data.clamp_(low, high)
@@ -191,16 +198,32 @@ def reconstruction_loss(output: Tensor, target: Tensor, p: float) -> tuple[Tenso
     return loss, power.mul_(p * share)
 
 
-def mini_batches(job: Job, name: str, source: Call, target: Call, iters: int) -> Iterator[tuple]:
-    """(args, kwargs, target) for each iteration: a fresh random choice of rows, drawn from the unit's own generator."""
-    device = next(job.student.parameters()).device
+@dataclass(frozen=True)
+class Part:
+    """This process's rows of a mini-batch: the unit's arguments, what it should return, their share of the rows."""
+
+    args: Sequence[Any]
+    kwargs: dict[str, Any]
+    wanted: Tensor
+    share: float
+
+
+def mini_batches(job: Job, name: str, source: Call, target: Call, iters: int) -> Iterator[Part]:
+    """A fresh random choice of rows for each iteration, drawn from the unit's own generator.
+
+    Dropout draws masks for a whole mini-batch: there every process takes all of it.
+    """
+    unit, device = job.student.get_submodule(name), next(job.student.parameters()).device
     generator = named_generator(f"reconstruct/{name}", job.calib.seed)
     size = min(job.recon.batch_size, len(job.calib))
     half = any(dtype in HALF for call in (source, target) for dtype in call.rows.dtypes.values())
+    whole = job.recon.dropout and any(isinstance(part, nn.Dropout) and part.p for part in unit.modules())
     for _ in range(iters):
-        rows = torch.randperm(len(job.calib), generator=generator)[:size].numpy()
-        batch = (*source.batch(rows, device), target.rows.read("output", rows, device))
-        yield widened(batch) if half else batch
+        rows = torch.randperm(len(job.calib), generator=generator)[:size]
+        own = rows if whole else processes.split(rows)
+        share = 1 / processes.count() if whole else len(own) / size
+        batch = (*source.batch(own.numpy(), device), target.rows.read("output", own.numpy(), device))
+        yield Part(*(widened(batch) if half else batch), share)
 
 
 @contextmanager
@@ -246,13 +269,13 @@ def widened(value: Any) -> Any:
 @contextmanager
 def recorders(job: Job, order: Sequence[str]) -> Iterator[tuple[Recorder, Recorder]]:
     """(teacher, student) recorders on temporary files; outputs are kept for replay where order and disk allow."""
-    where = scratch("activations-on-disk")
-    with TemporaryDirectory(dir=where) as folder:
+    with processes.common_folder(scratch("activations-on-disk")) as folder:
         bytes_needed = 2 * len(job.calib) * sum(trace_units(job.teacher, order, job.calib).values())
-        replay = job.recon.order == "execution" and disk_allows(Path(folder), bytes_needed)
+        allowed = processes.agreed(lambda: disk_allows(folder, bytes_needed))
+        replay = job.recon.order == "execution" and allowed
         log.debug("unit outputs take %.2f GB on disk; kept for replay: %s", bytes_needed / 1e9, replay)
         yield tuple(
-            Recorder(model, job.calib, Path(folder, name), replay)
+            Recorder(model, job.calib, folder / name, replay)
             for name, model in (("teacher", job.teacher), ("student", job.student))
         )
 
@@ -279,7 +302,7 @@ class Checkpoints:
 
     def save(self, unit: str, tensors: dict[str, Tensor]) -> None:
         """Store a finished unit's tensors, atomically."""
-        if self.folder is not None:
+        if self.folder is not None and processes.is_main():
             partial = self.folder / f"{unit}.partial"
             save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, partial)
             partial.replace(self.folder / f"{unit}.safetensors")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten  # diffusers' outputs register here
 
+from dqbench import processes
 from dqbench.errors import UserError
 from dqbench.shards import create_array
 
@@ -24,22 +25,36 @@ class Stored:
     name: str
 
 
+def is_stored(leaf: Any) -> bool:
+    """Whether a template's leaf stands for rows on disk."""
+    return isinstance(leaf, Stored)
+
+
 @dataclass
 class Rows:
-    """Arrays [N, ...] in one folder, written in order, read at random, memory-mapped."""
+    """Arrays [N, ...] in one folder, memory-mapped, written in parts, read at random. Several processes share them."""
 
     folder: Path
     count: int
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
 
+    def create(self, template: Any, example: Any) -> None:
+        """Make room for every tensor that has a `Stored` in `template`; shapes and types are those in `example`."""
+        stored = [pair for pair in zip(tree_leaves(template), tree_leaves(example), strict=True) if is_stored(pair[0])]
+        processes.agreed(lambda: [self._reserve(mark.name, leaf) for mark, leaf in stored])
+        for mark, leaf in stored:
+            self.arrays[mark.name] = np.load(self.folder / f"{mark.name}.npy", mmap_mode="r+")
+            self.dtypes[mark.name] = leaf.dtype
+
+    def _reserve(self, name: str, values: Tensor) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        content = storable(values[:1].detach().cpu()).numpy()
+        create_array(self.folder / f"{name}.npy", content.dtype, (self.count, *content.shape[1:]))
+
     def write(self, name: str, first: int, values: Tensor) -> None:
-        """Store rows first.. of array `name`, created on its first write."""
+        """Store rows first.. of array `name`."""
         content = storable(values.detach().cpu()).numpy()
-        if name not in self.arrays:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            file, shape = self.folder / f"{name}.npy", (self.count, *content.shape[1:])
-            self.arrays[name], self.dtypes[name] = create_array(file, content.dtype, shape), values.dtype
         self.arrays[name][first : first + len(content)] = content
 
     def read(self, name: str, rows: slice | np.ndarray, device: torch.device) -> Tensor:
@@ -51,12 +66,12 @@ class Rows:
     def store(self, template: Any, value: Any, first: int) -> None:
         """Write those tensors of `value` for which `template` has a `Stored`."""
         for mark, leaf in zip(tree_leaves(template), tree_leaves(value), strict=True):
-            if isinstance(mark, Stored):
+            if is_stored(mark):
                 self.write(mark.name, first, leaf)
 
     def load(self, template: Any, rows: slice | np.ndarray, device: torch.device) -> Any:
         """`template` with chosen rows in place of every `Stored`."""
-        return tree_map(lambda leaf: self.read(leaf.name, rows, device) if isinstance(leaf, Stored) else leaf, template)
+        return tree_map(lambda leaf: self.read(leaf.name, rows, device) if is_stored(leaf) else leaf, template)
 
     def release(self) -> None:
         """Give the memory of the mapped pages back; their content stays in the files."""

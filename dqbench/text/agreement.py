@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from dqbench import processes
 from dqbench.text.likelihood import Masks, batches
 
 
@@ -34,6 +35,7 @@ def agreement(
         same = (expected.argmax(-1) == found.argmax(-1)).double()
         kl = (expected.exp() * (expected - found)).sum(-1).double()
         totals.index_add_(1, batch.draw, torch.stack([same, kl]).cpu())
+    totals = processes.add_up(totals)
     means = (totals.view(2, count, draws) * masks.weight).view(2, count, bins, -1).mean(-1)
     means[:, ~masks.masked.view(count, bins, -1).any(-1)] = torch.nan
     return Agreement(*means)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from diffusers import DiffusionPipeline
 
+from dqbench import processes
 from dqbench.config import Model
 from dqbench.errors import UserError
 from dqbench.metrics.base import Metric
@@ -43,7 +44,10 @@ class HarnessMetrics:
         return {}
 
     def score_network(self, pipe: DiffusionPipeline, model: Model) -> dict[str, Metric]:
-        """Every measure of every task: TASK_MEASURE."""
+        """Every measure of every task: TASK_MEASURE. Of several processes the main one asks."""
+        return processes.agreed(lambda: self._ask(pipe))
+
+    def _ask(self, pipe: DiffusionPipeline) -> dict[str, Metric]:
         found = {}
         for task, shots in self.tasks.items():
             results = evaluate(pipe, self.protocol, [task], num_fewshot=shots, limit=self.limit)

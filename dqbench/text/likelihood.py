@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dqbench import processes
 from dqbench.calibration import named_generator
 from dqbench.errors import UserError
 from dqbench.text.networks import token_logits
@@ -62,7 +63,7 @@ def nll_bound(
     for batch in batches(network, input_ids, masks, attention_mask, batch_size):
         loss = F.cross_entropy(batch.of(network), batch.truth, reduction="none").double().cpu()
         values.view(-1).index_add_(0, batch.draw, loss)
-    return values * masks.weight
+    return processes.add_up(values) * masks.weight
 
 
 def per_token(values: Tensor, target: Tensor) -> Tensor:
@@ -88,10 +89,13 @@ class MaskedBatch:
 def batches(
     network: nn.Module, input_ids: Tensor, masks: Masks, attention_mask: Tensor | None, batch_size: int
 ) -> Iterator[MaskedBatch]:
-    """All draws of all rows that mask anything, `batch_size` at a time, on the network's device."""
+    """All draws of all rows that mask anything, `batch_size` at a time, on the network's device.
+
+    Several processes divide the batches among them: what they make of a draw is 0 in all but one.
+    """
     draws, device = masks.weight.shape[1], next(network.parameters()).device
     input_ids, masked = input_ids.cpu(), masks.masked.flatten(0, 1)
-    for chosen in masked.any(1).nonzero()[:, 0].split(batch_size):
+    for chosen in processes.split(masked.any(1).nonzero()[:, 0].split(batch_size)):
         rows, hidden = input_ids[chosen // draws], masked[chosen]
         noisy = rows.masked_fill(hidden, network.config.mask_token_id)
         attended = None if attention_mask is None else attention_mask[chosen // draws].to(device)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
+from dqbench import processes
 from dqbench.diagnostics import curves
 from dqbench.metrics.base import Metric, mean_interval
 from dqbench.metrics.guards import DegenerateSamples
@@ -88,8 +89,9 @@ def network_error(cell: Cell, quantized: Quantized) -> Artifact:
         ids = token_rows(cell.model, cell.pipe.tokenizer, mask.rows, "held_out", count, mask.length)
         masks = bin_masks(torch.ones_like(ids, dtype=torch.bool), BINS, DRAWS, 0)
         found = agreement(teacher, denoiser(cell.load(quantized)), ids, masks, BINS)
-        save_array(folder / "agreement.npy", found.same.numpy())
-        save_array(folder / "kl.npy", found.kl.numpy())
+        if processes.is_main():
+            save_array(folder / "agreement.npy", found.same.numpy())
+            save_array(folder / "kl.npy", found.kl.numpy())
 
     depends = {
         **cell.origin,
@@ -97,7 +99,7 @@ def network_error(cell: Cell, quantized: Quantized) -> Artifact:
         "calib": cell.picked,
         "data": content_hash(cell.model.data),
     }
-    return cell.store.get("agreement", depends, produce)
+    return cell.store.get("agreement", depends, produce, together=True)
 
 
 def compare(samples: np.ndarray, reference: np.ndarray, error: Artifact) -> dict[str, Metric]:

@@ -122,7 +122,7 @@ def main() -> None:
     missing = report()
     write_studies()
     if failures or missing:
-        sys.exit(2 if len(cells) == 1 and isinstance(failures[-1], UserError) else 1)
+        sys.exit(2 if len(cells) == 1 and failures and isinstance(failures[-1], UserError) else 1)
 
 
 def read_flags(argv: list[str]) -> None:

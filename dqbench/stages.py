@@ -9,10 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +66,7 @@ class Store:
         folder = self.root / stage / key
         folder.parent.mkdir(parents=True, exist_ok=True)
         with taking_turns(self.root, f"{stage}-{key}"):
+            refresh(folder.parent)
             if not self._is_whole(folder):
                 self._produce(folder, depends, produce)
         manifest = json.loads((folder / MANIFEST).read_text())
@@ -112,6 +114,15 @@ def taking_turns(root: Path, name: str) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def refresh(folder: Path) -> None:
+    """Make a network file system forget what it remembers of the folder: another machine may have put something there.
+
+    Without this a client may take a file for missing that was made half a minute ago.
+    """
+    with suppress(OSError):  # not there, or another user's: then what is remembered has to do
+        os.utime(folder)
 
 
 def drop_temporaries(part: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterator
@@ -31,11 +33,15 @@ class Cells(Callback):
         """A sweep: hydra.sweeper.params of a preset, then the command line."""
         with ending():
             given = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
-            admit([compose(overrides) for overrides in expand([*given, *config.hydra.overrides.task])])
+            configs = [compose(overrides) for overrides in expand([*given, *config.hydra.overrides.task])]
+            admit(configs, elsewhere=config.hydra.launcher._target_.endswith(".SlurmLauncher"))
 
 
-def admit(configs: list[DictConfig]) -> None:
-    """Raise UserError for a bad cell, SystemExit(0) where none is left to run. Imports torch only for those."""
+def admit(configs: list[DictConfig], elsewhere: bool = False) -> None:
+    """Raise UserError for a bad cell, SystemExit(0) where none is left to run. Imports torch only for those.
+
+    elsewhere: the cells run on other machines, which have GPUs where this one may have none.
+    """
     for cfg in configs:
         check(cfg)
     cells[:] = configs
@@ -45,8 +51,17 @@ def admit(configs: list[DictConfig]) -> None:
     from dqbench.run import Cell
 
     for cfg in pending:
-        Cell(cfg)
+        Cell(without_gpu(cfg) if elsewhere else cfg)
         build(cfg.tracking)
+
+
+def without_gpu(cfg: DictConfig) -> DictConfig:
+    """The cell as it can be checked on a machine without GPUs."""
+    if not re.fullmatch(r"cuda(:\d+)?", cfg.runtime.device):
+        return cfg
+    copied = copy.deepcopy(cfg)
+    copied.runtime.device = "auto"
+    return copied
 
 
 def run_folder(cfg: DictConfig) -> Path:

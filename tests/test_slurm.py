@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import pytest
 
 import dqbench.__main__ as cli
 from dqbench.config import compose, run_id
-from dqbench.launching import squeue
+from dqbench.launching import lockcheck, squeue
 from dqbench.launching.cells import without_gpu
 from dqbench.launching.slurm_options import LEAST, Options, minutes, parameters, read_options
 from dqbench.stages import taking_turns
@@ -114,7 +115,7 @@ def disturb(environment: dict[str, str], results: Path, names: dict[str, str]) -
         line = f"waiting: another process works on quantized-{names[cell]}"
 
         def log(index: int = index, line: str = line) -> Path | None:
-            return next((log for log in results.glob(f".slurm/*_{index}_0_log.out") if line in log.read_text()), None)
+            return next((log for log in results.glob(f".slurm/*/*_{index}_0_log.out") if line in log.read_text()), None)
 
         path = wait_for(log, f"{cell} to come to the lock")
         task = path.name.removesuffix("_0_log.out")
@@ -142,11 +143,11 @@ def test_sweep_survives_requeues_a_kill_and_a_cancellation(slurm: dict[str, str]
 
     rest = start(slurm, results, *AXES, *QUICK)
     out, err = rest.communicate(timeout=PATIENCE_S)
-    assert rest.returncode == 0 and "6 of 6 rows" in out and "2 cells are Slurm job" in err, err
+    assert rest.returncode == 0 and "6 of 6 rows" in out and "submitted 2 of 2 as Slurm job" in err, err
     assert len(numbers(plain)) == 6 and numbers(results) == numbers(plain)
-    logs = [log.read_text() for log in results.glob(".slurm/*_0_log.out")]
+    logs = [log.read_text() for log in results.glob(".slurm/*/*_0_log.out")]
     assert sum(text.count("fp32 trajectory          4 of 4") for text in logs) == 3, "once a seed: the others resumed"
-    left = {path.suffix for path in (results / ".slurm").iterdir()}
+    left = {path.suffix for path in results.glob(".slurm/*/*")}
     assert left == {".out", ".sh"} and not list(results.rglob("*.part"))
 
 
@@ -158,25 +159,24 @@ def test_interrupted_launch_cancels_its_tasks_or_leaves_them_to_the_next(slurm: 
     def interrupted(*overrides: str) -> str:
         launch = start(slurm, tmp_path, *one, *QUICK, *overrides)
         wait_for((tmp_path / ".slurm" / f"{name}.job").is_file, "the submission")
-        time_to_look = lambda: "RUNNING" in asked("squeue", "-h", "-o", "%T", environment=slurm)  # noqa: E731
-        wait_for(time_to_look, "the task")
+        wait_for(lambda: "RUNNING" in asked("squeue", "-h", "-o", "%T", environment=slurm), "the task")
         launch.send_signal(signal.SIGINT)
         out, err = launch.communicate(timeout=PATIENCE_S)
         assert launch.returncode == 130 and out == "" and "Traceback" not in err, err
         return err
 
     with taking_turns(tmp_path / "cache", f"run-{name}"):
-        assert "1 tasks are cancelled; what they have finished stays" in interrupted()
+        assert "cancelled: " in interrupted()
         wait_for(lambda: not asked("squeue", "-h", environment=slurm), "an empty queue")
         assert not list((tmp_path / ".slurm").glob("*.job"))
-        assert "1 tasks go on in Slurm; the same command joins them" in interrupted(
-            "hydra.launcher.on_interrupt=detach"
-        )
+        told = interrupted("hydra.launcher.on_interrupt=detach")
+        assert "left to go on in Slurm: " in told and "the same command joins them" in told
         (task,) = asked("squeue", "-h", "-o", "%i", environment=slurm).split()
-    joining = start(slurm, tmp_path, *one, *QUICK)
+        joining = start(slurm, tmp_path, *one, *QUICK)
+        assert joining.stderr.readline().endswith(f"joining what is in Slurm's queue already: {task}\n")
     out, err = joining.communicate(timeout=PATIENCE_S)
-    assert joining.returncode == 0 and f"1 cells are in Slurm's queue already: {task}\n" in err, err
-    assert "row.json" in out and len(list((tmp_path / ".slurm").glob("*_submission.sh"))) == 2
+    assert joining.returncode == 0 and "row.json" in out and f"(Slurm {task})" in err, err
+    assert len(list((tmp_path / ".slurm").glob("*/*_submission.sh"))) == 2
 
 
 def test_what_sbatch_refuses_is_one_line(slurm: dict[str, str], tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ def test_what_sbatch_refuses_is_one_line(slurm: dict[str, str], tmp_path: Path) 
     out, err = refused.communicate(timeout=PATIENCE_S)
     (line,) = err.splitlines()
     assert refused.returncode == 2 and out == "" and line.startswith("dqbench: Slurm refused the job: ")
-    assert "invalid partition specified: nowhere" in line and not list(tmp_path.rglob("row.json"))
+    assert "invalid partition specified: nowhere" in line and not list(tmp_path.glob(".slurm/*"))
 
 
 @pytest.fixture
@@ -276,3 +276,30 @@ def test_cell_for_gpus_is_checked_on_a_machine_without() -> None:
     cfg = compose([*TINY, "runtime.device=cuda"])
     assert without_gpu(cfg).runtime.device == "auto" and cfg.runtime.device == "cuda"
     assert without_gpu(compose([*TINY, "runtime.device=gpu"])).runtime.device == "gpu"
+
+
+@pytest.mark.parametrize("preset", sorted(path.stem for path in (ROOT / "sweeps" / "cluster").glob("*.yaml")))
+def test_cluster_presets_combine_with_a_sweep_and_rename_nothing(preset: str) -> None:
+    cluster, sweep = f"+sweeps/cluster={preset}", "+sweeps=digits"
+    for overrides in ([sweep, cluster], [cluster, sweep]):
+        assert run_id(compose([*overrides, "method=rtn"])) == run_id(compose([sweep, "method=rtn"]))
+    command = [sys.executable, "-m", "dqbench", cluster, sweep, "--cfg", "hydra"]
+    told = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout
+    assert "mode: MULTIRUN" in told and "bits: w8a8,w4a8,w4a4" in told
+    assert f"_target_: hydra_plugins.dqbench_{'slurm' if preset == 'array' else 'accelerate'}" in told
+
+
+def test_locks_are_seen_to_hold_and_seen_to_break(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = [sys.executable, "-m", "dqbench.launching.lockcheck", str(tmp_path)]
+    pair = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(2)]
+    told = [process.communicate()[0] for process in pair]
+    assert [process.returncode for process in pair] == [0, 0] and all("locks hold (200 rounds" in line for line in told)
+
+    @contextmanager
+    def broken(folder: Path, name: str) -> Iterator[None]:
+        yield monkeypatch.setattr(lockcheck.time, "sleep", lambda _: slip.write_text("elsewhere:1"))
+
+    slip = tmp_path / ".locks" / "lockcheck.holder"
+    monkeypatch.setattr(lockcheck, "taking_turns", broken)
+    met, violations = lockcheck.meet(tmp_path, rounds=3)
+    assert "elsewhere:1" in met and violations == 3

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
+import shutil
 import time
+import uuid
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 from hydra.core.utils import JobReturn, JobStatus, configure_log
@@ -17,7 +21,7 @@ from rich.console import Console
 from submitit import SlurmExecutor
 from submitit.core.utils import FailedJobError, FailedSubmissionError, JobPaths
 
-from dqbench.config import one_line, run_id
+from dqbench.config import run_id
 from dqbench.errors import UserError
 from dqbench.launching import squeue
 from dqbench.launching.cells import cells, is_finished, run_folder
@@ -39,7 +43,8 @@ class Job:
     cfg: DictConfig
     label: str
     task: Task
-    folder: Path  # of what Slurm and submitit write
+    root: Path  # of what Slurm and submitit write, a folder per submission
+    folder: Path = Path()
     id: str = ""
     state: str = "waiting"
     missed: int = 0
@@ -47,7 +52,7 @@ class Job:
     @property
     def note(self) -> Path:
         """The file that says which task of Slurm runs this cell, for a later launch to join it."""
-        return self.folder / f"{self.name}.job"
+        return self.root / f"{self.name}.job"
 
     @property
     def paths(self) -> JobPaths:
@@ -83,8 +88,8 @@ def jobs_of(
     for given, cfg in zip(overrides, configs, strict=True):
         label = " ".join(line for line in given if line not in common) or "the default"
         task = Task(cell_overrides(sweep, given, cfg), processes, os.getcwd())
-        folder = Path(cfg.paths.results).absolute() / ".slurm"
-        jobs.setdefault(run_id(cfg), Job(run_id(cfg), cfg, label, task, folder))
+        root = Path(cfg.paths.results).absolute() / ".slurm"
+        jobs.setdefault(run_id(cfg), Job(run_id(cfg), cfg, label, task, root))
     return list(jobs.values())
 
 
@@ -93,11 +98,11 @@ def join(jobs: Sequence[Job]) -> None:
     known = {job.note: job for job in jobs if job.note.is_file()}
     queue = squeue.look() if known else {}
     for note, job in known.items():
-        earlier = note.read_text().strip()
+        folder, earlier = note.read_text().split()
         if queue is None or squeue.is_alive(queue.get(earlier, (None, ""))[0]):
-            job.id = earlier
+            job.folder, job.id = job.root / folder, earlier
     if joined := [job for job in jobs if job.id]:
-        log.info("%d cells are in Slurm's queue already: %s", len(joined), " ".join(job.id for job in joined))
+        log.info("joining what is in Slurm's queue already: %s", " ".join(job.id for job in joined))
 
 
 def submit(jobs: Sequence[Job], options: Options) -> None:
@@ -106,22 +111,26 @@ def submit(jobs: Sequence[Job], options: Options) -> None:
         part = jobs[start : start + options.max_array_size]
         for job in part:
             (run_folder(job.cfg) / "row.json").unlink(missing_ok=True)
-        for job, job_id in zip(part, to_slurm(part, options), strict=True):
-            job.id = job_id
-            atomic_write(job.note, job_id)
-        array, folder = part[0].id.split("_")[0], part[0].folder
-        log.info("%d cells are Slurm job %s, at most %d at once", len(part), array, options.array_parallelism)
-        log.info("their logs: %s/%s_*.out", folder, array)
+        folder = part[0].root / f"{datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}"
+        for job, job_id in zip(part, to_slurm([job.task for job in part], folder, options), strict=True):
+            job.folder, job.id = folder, job_id
+            atomic_write(job.note, f"{folder.name} {job_id}")
+        array, at_once = part[0].id.split("_")[0], min(len(part), options.array_parallelism)
+        log.info("submitted %d of %d as Slurm job %s, %d at once", start + len(part), len(jobs), array, at_once)
+        log.info("logs: %s/%s_*_log.out", folder, array)
 
 
-def to_slurm(jobs: Sequence[Job], options: Options) -> list[str]:
-    """sbatch, through submitit. The ids of the tasks."""
+def to_slurm(tasks: Sequence[Task], folder: Path, options: Options) -> list[str]:
+    """sbatch, through submitit, which writes to `folder`. The ids of the tasks."""
     try:
-        executor = SlurmExecutor(jobs[0].folder, max_num_timeout=options.max_num_timeout, python=options.python)
-        executor.update_parameters(**parameters(options))
-        return [submitted.job_id for submitted in executor.submit_array([job.task for job in jobs])]
+        with redirect_stderr(io.StringIO()):  # submitit prints there what it raises
+            executor = SlurmExecutor(folder, max_num_timeout=options.max_num_timeout, python=options.python)
+            executor.update_parameters(**parameters(options))
+            return [submitted.job_id for submitted in executor.submit_array(tasks)]
     except (FailedJobError, FailedSubmissionError) as error:
-        raise UserError(f"Slurm refused the job: {one_line(error)}") from error
+        shutil.rmtree(folder)
+        lines = [line.removeprefix("sbatch: error: ") for line in str(error).splitlines()]
+        raise UserError(f"Slurm refused the job: {'; '.join(lines)}") from error
 
 
 def watch(jobs: Sequence[Job], poll_s: float) -> None:
@@ -198,10 +207,10 @@ def letting_go(jobs: Sequence[Job], on_interrupt: str) -> Iterator[None]:
     except BaseException as error:
         left = [job for job in jobs if job.id and job.state in ("waiting", "running")]
         if isinstance(error, KeyboardInterrupt) and on_interrupt == "detach":
-            log.warning("%d tasks go on in Slurm; the same command joins them", len(left))
+            log.warning("left to go on in Slurm: %s; the same command joins them", " ".join(job.id for job in left))
         elif left:
             squeue.cancel([job.id for job in left])
             for job in left:
                 job.note.unlink(missing_ok=True)
-            log.warning("%d tasks are cancelled; what they have finished stays", len(left))
+            log.warning("cancelled: %s; what they have finished stays", " ".join(job.id for job in left))
         raise

@@ -6,12 +6,14 @@ import os
 import shutil
 import socket
 import subprocess
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scontrol")
 PACKAGES = ("munge", "slurmctld", "slurmd", "slurm-client")
@@ -73,8 +75,9 @@ def require() -> None:
     """Skip the test where Slurm is not here and may not be installed."""
     if os.name != "posix" or os.geteuid() != 0:
         pytest.skip("a Slurm of one's own needs root")
-    if not all(map(shutil.which, PROGRAMS)):
-        install()
+    with FileLock(Path(tempfile.gettempdir()) / "dqbench-slurm.lock"):  # workers of pytest-xdist come here at once
+        if not all(map(shutil.which, PROGRAMS)):
+            install()
 
 
 def install() -> None:
@@ -115,7 +118,7 @@ def daemon(command: list[str], log: Path, environment: dict[str, str]) -> Iterat
                 process.wait()
 
 
-def until(ready, what: str, folder: Path) -> None:
+def until(ready: Callable[[], bool], what: str, folder: Path) -> None:
     """Wait for a daemon; fail with what the daemons said."""
     end = time.monotonic() + START_S
     while not ready():

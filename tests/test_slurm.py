@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -21,9 +22,10 @@ import pytest
 
 import dqbench.__main__ as cli
 from dqbench.config import compose, run_id
-from dqbench.launching import lockcheck, squeue
+from dqbench.launching import lockcheck, slurm_task, squeue
 from dqbench.launching.cells import without_gpu
 from dqbench.launching.slurm_options import LEAST, Options, minutes, parameters, read_options
+from dqbench.launching.slurm_task import Task
 from dqbench.stages import taking_turns
 from tests.slurm_cluster import asked, one_node
 
@@ -32,7 +34,7 @@ TINY = ("debug=tiny", "metrics=none", "tracking=none")
 SMALL = ("hydra/launcher=slurm", "hydra.launcher.gpus=0", "hydra.launcher.cpus=1", "hydra.launcher.mem=null")
 QUICK = (*SMALL, "hydra.launcher.poll_s=0.2")
 AXES = ("method=rtn,ptq4dm", "seed=0,1,2")
-PATIENCE_S = 120
+PATIENCE_S = 300  # as long as it takes; nothing waits for it where all is well
 
 
 @pytest.fixture(scope="module")
@@ -303,3 +305,40 @@ def test_locks_are_seen_to_hold_and_seen_to_break(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(lockcheck, "taking_turns", broken)
     met, violations = lockcheck.meet(tmp_path, rounds=3)
     assert "elsewhere:1" in met and violations == 3
+
+
+@pytest.fixture
+def task(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Task]]:
+    """task(code): one whose cell is a piece of Python."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def make(code: str) -> Task:
+        monkeypatch.setattr(slurm_task, "cell_command", lambda *_: [sys.executable, "-c", code])
+        return Task(["seed=1"], 1, str(ROOT))
+
+    yield make
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize(
+    ("code", "status"), {"raise SystemExit(2)": 2, "import os; os.kill(os.getpid(), 9)": 137}.items()
+)
+def test_task_ends_as_its_cell(code: str, status: int, task: Callable[[str], Task]) -> None:
+    with pytest.raises(SystemExit) as end:
+        task(code)()
+    assert end.value.code == status
+
+
+def test_cell_ignores_the_warning_and_ends_with_the_checkpoint(task: Callable[[str], Task]) -> None:
+    stopped = []
+
+    def warned(number: int, frame: object) -> None:
+        os.kill(job.process.pid, slurm_task.WARNING)
+        stopped.append(pickle.loads(pickle.dumps(job.checkpoint())).function)
+
+    job = task("import os, signal; os.kill(os.getppid(), signal.SIGALRM); signal.pause()")
+    before = signal.signal(signal.SIGALRM, warned)
+    with pytest.raises(SystemExit) as end:
+        job()
+    signal.signal(signal.SIGALRM, before)
+    assert end.value.code == 128 + signal.SIGTERM and stopped == [Task(["seed=1"], 1, str(ROOT))]

@@ -7,6 +7,8 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from submitit.core.job_environment import JobEnvironment
@@ -15,6 +17,7 @@ from submitit.core.utils import DelayedSubmission
 from dqbench.launching.command import cell_command
 
 STOP_S = 20  # a cell that has not ended by then is killed; nothing finished is lost either way
+SETTLE_S = 1  # what ended the cell may have been meant for the task as well, and reach it last
 WARNING = getattr(signal, f"SIG{JobEnvironment.USR_SIG}")  # sent by Slurm some time before the end
 
 
@@ -28,13 +31,14 @@ class Task:
 
     def __call__(self) -> None:
         """Run the cell; end with its exit status."""
-        self.ending = False
-        signal.signal(signal.SIGTERM, self.end)
         command = cell_command(self.overrides, self.processes)
         print(f"{self.folder}$ {shlex.join(command)}", flush=True)
-        self.process = subprocess.Popen(command, cwd=self.folder, preexec_fn=ignore_warning)
-        os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)  # holds no lock that checkpoint() needs
+        self.ending, self.process = False, subprocess.Popen(command, cwd=self.folder, preexec_fn=ignore_warning)
+        signal.signal(signal.SIGTERM, self.end)
+        with suppress(ChildProcessError):  # a signal's handler has waited for it
+            os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)  # holds no lock that the handlers need
         if status := self.process.wait():
+            time.sleep(SETTLE_S)
             while self.ending:  # cancelled or preempted: Slurm decides whether the task is queued again
                 signal.pause()
             sys.exit(status if status > 0 else 128 - status)

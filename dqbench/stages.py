@@ -73,6 +73,7 @@ class Store:
         folder = self.root / stage / key
         folder.parent.mkdir(parents=True, exist_ok=True)
         with taking_turns(self.root, f"{stage}-{key}"):
+            refresh(folder.parent)
             if not processes.agreed(lambda: self._is_whole(folder)):
                 self._build(folder, depends, produce, together)
         manifest = json.loads((folder / MANIFEST).read_text())
@@ -135,6 +136,15 @@ def taking_turns(root: Path, name: str) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def refresh(folder: Path) -> None:
+    """Make a network file system forget what it remembers of the folder: another machine may have put something there.
+
+    Without this a client may take a file for missing that was made half a minute ago.
+    """
+    with suppress(OSError):  # not there, or another user's: then what is remembered has to do
+        os.utime(folder)
 
 
 def open_part(part: Path) -> bool:

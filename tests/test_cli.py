@@ -63,6 +63,7 @@ BAD = {
     "debug=tinny": "debug=tinny is unknown; did you mean tiny? allowed: tiny",
     "+sweeps=typo": f"sweeps=typo is unknown; allowed: {', '.join(presets()) or 'none, sweeps/ is empty'}",
     "hydra/launcher=acelerate": "hydra/launcher=acelerate is unknown; did you mean accelerate? allowed: accelerate, ",
+    "hydra/launcher=slrm": "hydra/launcher=slrm is unknown; did you mean slurm? allowed: ",
     "bits.wieght=4": "bits.wieght is unknown; did you mean weight? allowed in bits: weight, act, attention, softmax",
     "recon.itres=3": "recon.itres is unknown; did you mean iters? allowed in recon: iters, iters_act, ",
     "method.spilt=true": "method.spilt is unknown; did you mean split? allowed in method: _target_, name, ",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import re
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,8 +18,8 @@ from dqbench import processes
 from dqbench.config import build, compose, exit_status, expand, one_line, run_id
 from dqbench.errors import UserError
 from dqbench.launching.checks import check
-from dqbench.launching.table import axes
 from dqbench.launching.preflight import meet
+from dqbench.launching.table import axes
 
 cells: list[DictConfig] = []  # of this invocation: one, or those of a sweep
 
@@ -36,11 +38,15 @@ class Cells(Callback):
             if processes.launched() > 1:
                 given = "accelerate launch gives several processes to one cell"
                 raise UserError(f"{given}; a sweep starts without it: python -m dqbench -m hydra/launcher=accelerate")
-            admit([compose(overrides) for overrides in expand([*axes(config), *config.hydra.overrides.task])])
+            configs = [compose(overrides) for overrides in expand([*axes(config), *config.hydra.overrides.task])]
+            admit(configs, elsewhere=config.hydra.launcher._target_.endswith(".SlurmLauncher"))
 
 
-def admit(configs: list[DictConfig]) -> None:
-    """Raise UserError for a bad cell, SystemExit(0) where none is left to run. Imports torch only for those."""
+def admit(configs: list[DictConfig], elsewhere: bool = False) -> None:
+    """Raise UserError for a bad cell, SystemExit(0) where none is left to run. Imports torch only for those.
+
+    elsewhere: the cells run on other machines, which have GPUs where this one may have none.
+    """
     for cfg in configs:
         check(cfg)
     cells[:] = configs
@@ -51,8 +57,17 @@ def admit(configs: list[DictConfig]) -> None:
     from dqbench.run import Cell
 
     for cfg in pending:
-        Cell(cfg)
+        Cell(without_gpu(cfg) if elsewhere else cfg)
         build(cfg.tracking)
+
+
+def without_gpu(cfg: DictConfig) -> DictConfig:
+    """The cell as it can be checked on a machine without GPUs."""
+    if not re.fullmatch(r"cuda(:\d+)?", cfg.runtime.device):
+        return cfg
+    copied = copy.deepcopy(cfg)
+    copied.runtime.device = "auto"
+    return copied
 
 
 def run_folder(cfg: DictConfig) -> Path:

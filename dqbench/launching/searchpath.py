@@ -30,11 +30,11 @@ def register_search_path() -> None:
     Plugins.instance().register(SweepsSearchPath)
 
 
-def presets() -> list[str]:
-    """The names that `+sweeps=NAME` takes."""
+def presets(group: str = "sweeps") -> list[str]:
+    """The names that `+sweeps=NAME` takes, or a group below it."""
     from dqbench.config import data_root
 
-    return sorted({path.stem for root in (data_root(), Path.cwd()) for path in (root / "sweeps").glob("*.yaml")})
+    return sorted({path.stem for root in (data_root(), Path.cwd()) for path in (root / group).glob("*.yaml")})
 
 
 def choices() -> str:
@@ -51,7 +51,7 @@ def choices() -> str:
         for folder in folders
         if conf / "hydra" not in folder.parents
     }
-    groups["+sweeps"] = presets()
+    groups |= {"+sweeps": presets(), "+sweeps/cluster": presets("sweeps/cluster")}
     groups["hydra/launcher"] = sorted(["basic", *(path.stem for path in (conf / "hydra" / "launcher").glob("*.yaml"))])
     lines = []
     for group, names in groups.items():

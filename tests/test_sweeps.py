@@ -121,13 +121,17 @@ def test_what_is_published_maps_to_cells_of_the_sweep(name):
         assert stands_aside or all(value in values for values in swept), override
 
 
-MODELS = ("ldm4_celebahq", "ldm4_ffhq", "iddpm_imagenet64", "iddpm_cifar10", "ldm4_imagenet", "ldm8_lsun_church")
+MODELS = {  # parameters of the authors' networks
+    "ldm4_celebahq": 274_056_163, "ldm4_ffhq": 274_056_163, "iddpm_imagenet64": 121_063_942, "iddpm_cifar10":
+    52_546_438, "ldm4_imagenet": 400_920_579, "ldm8_lsun_church": 294_966_916,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_patterns_of_a_model_find_what_they_name(name):
     model = OmegaConf.to_object(compose([f"model={name}", "method=fp32"]).model)
     network = build_network(model.architecture)
+    assert sum(parameter.numel() for parameter in network.parameters()) == MODELS[name]
     layers = [name for name, module in network.named_modules() if isinstance(module, LAYER_TYPES)]
     units = find_units(network, model.units, dict.fromkeys(layers))
     assert len(units) > 10 and set(chain.from_iterable(owned(unit, layers) for unit in units)) == set(layers)
@@ -156,6 +160,7 @@ def test_settings_are_the_published_protocols(setting):
     sampler = cfg.sampler
     assert (sampler.steps, sampler.eta, sampler.guidance, sampler.num_samples) == PROTOCOLS[setting]
     assert cfg.metrics.statistics.frechet.names == ["fid"]
+    assert ("spatial" in cfg.metrics.statistics) == (setting != "cifar10_ddim100"), "sFID"
     assert cfg.calib.steps is None, "a method's own calibration stays"
     assert plain(cfg.method)["weight_every"] == {"bedrooms200": 10, "churches500": 25, "imagenet20": 1}.get(
         setting, plain(cfg.method)["weight_every"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -67,6 +68,7 @@ def overrides(name: str, scale: str) -> list[list[str]]:
     """Cells of a preset that have every value of every axis: one axis varies, the others stay at their first values."""
     own = OmegaConf.load(data_root() / "sweeps" / f"{name}.yaml")
     axes = {key: str(value).split(",") for key, value in (own.table.get(scale) or own.hydra.sweeper.params).items()}
+    assert {f"{bits}.yaml" for bits in axes.get("bits", ())} <= set(os.listdir(data_root() / "conf" / "bits"))
     first = {key: values[0] for key, values in axes.items()}
     varied = [first | {key: value} for key, values in axes.items() for value in values if key not in ("seed", "bits")]
     unique = {tuple(f"{key}={value}" for key, value in cell.items()) for cell in varied}

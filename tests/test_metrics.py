@@ -15,6 +15,7 @@ from cleanfid import fid as cleanfid_fid
 from omegaconf import OmegaConf
 from PIL import Image
 from torch_fidelity import feature_extractor_inceptionv3 as inception
+from torch_fidelity.utils import create_feature_extractor
 
 from dqbench.config import build, data_root
 from dqbench.errors import UserError
@@ -29,6 +30,7 @@ from dqbench.zoo.data import digits_uint8
 CONFIGS = sorted((data_root() / "conf" / "metrics").glob("*.yaml"))
 REFUSED = {  # what of which is not here
     "inception": r"weights-inception-2015-12-05.*metrics.weights=PATH",
+    "adm": r"weights-inception-2015-12-05.*metrics.weights=PATH",
     "clean_fid": r"inception-2015-12-05.*metrics.weights=PATH",
     "lm_eval": r"pip install 'dqbench\[eval\]'",
 }
@@ -408,6 +410,27 @@ def test_inception_metrics_are_what_torch_fidelity_computes(inception_weights, t
     keys = ("fid", "kid", "precision", "recall", "is")
     for name, key in zip(keys, TORCH_FIDELITY_KEYS.values(), strict=True):
         assert scores[name].value == pytest.approx(expected[key], rel=1e-4, abs=1e-9), name
+
+
+def test_spatial_features_are_those_of_the_adm_evaluator_and_leave_the_others_alone(inception_weights):
+    images = torch.from_numpy(noisy_digits(2, noise=90)).permute(0, 3, 1, 2).repeat(1, 3, 1, 1)
+    extractors.register()
+
+    def features(name: str, *layers: str) -> tuple[torch.Tensor, ...]:
+        made = create_feature_extractor(
+            name, list(layers), cuda=False, feature_extractor_weights_path=inception_weights
+        )
+        maps = []
+        made.Mixed_6d.register_forward_hook(lambda *call: maps.append(call[-1]))
+        found = made(images)
+        return (*found, *maps)
+
+    spatial, pooled, block = features("inception-v3-spatial", "spatial", "2048")
+    assert spatial.shape == (2, 7 * 17 * 17) and torch.equal(spatial, block[:, :7].flatten(1)), (
+        "the 1x1 branch is first"
+    )
+    assert torch.equal(pooled, features("inception-v3-compat", "2048")[0])
+    assert torch.equal(features("inception-v3-spatial", "spatial", "64")[0], spatial)
 
 
 def test_damaged_inception_weights_are_refused_before_sampling(tmp_path):

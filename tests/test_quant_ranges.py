@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -286,3 +287,25 @@ def test_rows_longer_than_one_piece_and_many_short_rows_agree_with_single_rows()
     scale, zero_point = choose_qparams(short, 4, estimator="mse")
     picked = torch.tensor([0, 2047, 2048, 2999])
     assert_same((scale[picked], zero_point[picked]), ref.per_row(ref.mse_official, short[picked], 4))
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_ptq4dm_searches_by_the_metric_that_its_table_4_names(side: int) -> None:
+    x = torch.randn(3, 400, generator=torch.Generator().manual_seed(0)) ** 3
+    x = x.abs() if side else x
+    errors = {
+        "ptq4dm": lambda q: (x - q).abs().pow(2.4).mean(dim=1),
+        "ptq4dm_l1": lambda q: (x - q).abs().mean(dim=1),
+        "ptq4dm_cosine": lambda q: 1 - torch.cosine_similarity(x, q, dim=1),
+    }
+    found = {name: ranges.ptq4dm_range(x, 4, estimator=name)[1] for name in errors}
+    for name, error in errors.items():
+
+        def score(limit: Tensor, error: Callable = error) -> Tensor:
+            scale, zero_point = ranges.ptq4dm_qparams(limit * 0 if side else -limit, limit, 4)
+            return error(fake_quantize(x, scale[:, None], zero_point[:, None], 0, 15))
+
+        best = torch.stack([score(x.abs().amax(dim=1) * i / 100) for i in range(1, 101)]).amin(dim=0)
+        torch.testing.assert_close(score(found[name]), best, rtol=1e-5, atol=1e-6)
+        assert all((score(found[other]) >= best * (1 - 1e-5)).all() for other in errors)
+    assert (found["ptq4dm_l1"] < found["ptq4dm"]).all(), "the smaller the exponent, the less outliers count"

@@ -21,7 +21,7 @@ SCALES = ("mini", "full")
 class Table:
     """What a preset says of itself beside its cells. Keys of `methods` and others are words of the published file."""
 
-    caption: str
+    caption: str = ""
     rows: str = "method"
     columns: str = "bits"
     study: str | None = None  # a module of dqbench.studies that writes pages of the rows
@@ -48,30 +48,18 @@ class Table:
         names = (f"{model}/{dataset}/{steps}", f"{model}/{dataset}", model)
         return next((settings[name] for name in names if name in settings), None)
 
-    def choice(self, scale: str, weight: int | None, act: int | None) -> str:
-        """The choice of bits for published bit-widths; where they are not those of a row, the sweep's own first."""
-        name = f"w{weight}a{act}"
-        offered = str(self.axes(scale)["bits"]).split(",")
-        return next(bits for bits in (self.bits.get(name, name), *offered) if bits in offered)
-
-    def axes(self, scale: str) -> dict[str, Any]:
-        """override -> values"""
-        return (self.mini if scale == "mini" else self.full) or {}
-
-    def fixed(self, scale: str) -> list[str]:
-        """Overrides that all cells share: axes of one value."""
-        axes = self.axes(scale).items()
-        return [f"{key}={value}" for key, value in axes if "," not in str(value) and key not in ("bits", "setting")]
-
 
 def read_table(node: DictConfig) -> Table:
     """The node as a Table; UserError for a misspelt key or a wrong type."""
     from dqbench.launching.explain import explain
 
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Table), node))
+        table = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Table), node))
     except OmegaConfBaseException as error:
         raise UserError(explain(error, "table")) from error
+    if not table.caption and not table.study:
+        raise UserError("table.caption is missing; needed: what the cells of the preset are, in a few words")
+    return table
 
 
 def check_scale(cfg: DictConfig) -> None:
@@ -82,7 +70,7 @@ def check_scale(cfg: DictConfig) -> None:
     if cfg.table is None:
         return
     table = read_table(cfg.table)
-    there = [scale for scale in SCALES if table.axes(scale)]
+    there = [scale for scale in SCALES if getattr(table, scale)]
     if there or cfg.scale != SCALES[0]:
         check_choice("scale", cfg.scale, there or SCALES[:1])
 
@@ -95,8 +83,5 @@ def axes(cfg: DictConfig) -> list[str]:
 
 def sweep(overrides: list[str]) -> list[list[str]]:
     """The cells that a command line names, each as a list of overrides; one for what is no sweep."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    parsed = OverridesParser.create().parse_overrides(overrides=overrides)
-    fixed = [override.input_line for override in parsed if not override.is_sweep_override()]
-    return list(expand([*axes(compose(fixed, hydra_node=True)), *overrides]))
+    first = next(expand(overrides))  # Hydra composes single values alone; the axes are the same for all
+    return list(expand([*axes(compose(first, hydra_node=True)), *overrides]))

@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline
 from omegaconf import DictConfig, OmegaConf
 
 from dqbench.calibration import CalibrationSet
-from dqbench.config import THROUGHPUT, build, compose, digest, hashed, plain, run_id
+from dqbench.config import THROUGHPUT, build, compose, digest, hashed, plain, run_id, without
 from dqbench.launching.checks import check
 from dqbench.launching.preflight import choose_device, preflight
 from dqbench.methods.fp32 import FP32
@@ -123,8 +123,7 @@ class Cell:
     @cached_property
     def origin(self) -> dict[str, Any]:
         """What every stage depends on: the checkpoint's content and how the sampler steps."""
-        unhashed = (*THROUGHPUT["sampler"], "num_samples")
-        sampler = {key: value for key, value in plain(self.cfg.sampler).items() if key not in unhashed}
+        sampler = without(plain(self.cfg.sampler), (*THROUGHPUT["sampler"], "num_samples"))
         family = {
             key: plain(self.cfg.model)[key] for key in ("version", "pipeline", "denoiser", "dtype", "num_classes")
         }
@@ -238,8 +237,7 @@ class Cell:
                 scores |= self.metrics.score_network(self.load(quantized), self.model)
             write_json(folder / "metrics.json", {name: asdict(metric) for name, metric in scores.items()})
 
-        unhashed = (*THROUGHPUT["metrics"], "weights")
-        metrics = {key: value for key, value in plain(self.cfg.metrics).items() if key not in unhashed}
+        metrics = without(plain(self.cfg.metrics), (*THROUGHPUT["metrics"], "weights"))
         depends = {"samples": samples.key, "metrics": metrics, "weights": self.metrics.weights_hash()}
         return self.store.get("scores", {**depends, "reference": self.reference_hash}, produce)
 

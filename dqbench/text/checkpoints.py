@@ -7,7 +7,7 @@ layer or the whole network; load_language_model() makes a pipeline of them.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from dqbench.text.schedulers import LLaDAScheduler
 
 FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]  # what is fetched of a hub id
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+PIECE = 2**22  # elements of a large tensor that are read at once
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 END_OF_TURN = "<|eot_id|>"  # LLaDA's
 LLADA2 = "llada2"  # model types that begin so belong to diffusers' LLaDA2Pipeline
@@ -78,7 +79,12 @@ def load_language_model(
     if content.get("model_type") not in FAMILIES and trust_remote_code:
         return load_by_its_own_code(folder, content, dtype)
     checkpoint = open_layers(folder)
-    tokenizer = read_tokenizer(folder, checkpoint.family.tokenizer)
+    return assemble(checkpoint, lambda: checkpoint.load(dtype))
+
+
+def assemble(checkpoint: Checkpoint, network: Callable[[], nn.Module]) -> MaskedDiffusionPipeline:
+    """The pipeline of a checkpoint around `network()`, which is made once the config names the mask token."""
+    tokenizer = read_tokenizer(checkpoint.folder, checkpoint.family.tokenizer)
     name_mask(checkpoint, tokenizer)
     end = checkpoint.config.eos_token_id
     scheduler = checkpoint.family.scheduler(
@@ -86,7 +92,7 @@ def load_language_model(
         eos_token_id=end[0] if isinstance(end, list) else end,
         eot_token_id=None if tokenizer is None else tokenizer.get_vocab().get(END_OF_TURN),
     )
-    return MaskedDiffusionPipeline(checkpoint.load(dtype), scheduler, tokenizer)
+    return MaskedDiffusionPipeline(network(), scheduler, tokenizer)
 
 
 def load_by_its_own_code(folder: Path, content: Mapping[str, Any], dtype: torch.dtype | None) -> DiffusionPipeline:
@@ -137,10 +143,13 @@ class Checkpoint:
     config: PreTrainedConfig
     tensors: dict[str, tuple[Path, str]]
 
-    def empty(self) -> nn.Module:
+    def empty(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """The network with parameters on the meta device and buffers in place."""
         with init_empty_weights(include_buffers=False):
-            return self.family.network(self.config).eval().requires_grad_(False)
+            network = self.family.network(self.config).eval().requires_grad_(False)
+        for parameter in network.parameters():
+            parameter.data = parameter.data.to(dtype)
+        return network
 
     def state(self, module: str = "", dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """The state dict of one native module, such as model.layers.3, as stored or in `dtype`."""
@@ -154,6 +163,21 @@ class Checkpoint:
                 with opened(file) as content:
                     tensor = content.get_tensor(stored)
                     yield name, tensor if dtype is None else tensor.to(dtype)
+
+    def rows(self, name: str, ids: Tensor) -> Tensor:
+        """Rows of a tensor, as stored: [*ids.shape, ...]. Of the file no more is read than these."""
+        file, stored = self.tensors[name]
+        with opened(file) as content:
+            return content.get_tensor(stored)[ids]
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """A tensor, as stored, in runs of rows of about PIECE elements."""
+        file, stored = self.tensors[name]
+        with opened(file) as content:
+            length, *rest = content.get_slice(stored).get_shape()
+        size = max(1, PIECE // torch.Size(rest).numel())
+        for first in range(0, length, size):
+            yield self.rows(name, torch.arange(first, min(first + size, length)))
 
     def load(self, dtype: torch.dtype | None = None) -> nn.Module:
         """The network, filled tensor by tensor."""

@@ -84,6 +84,7 @@ def in_memory(arguments: list[str]) -> None:
     from dqbench.config import compose
     from dqbench.resources import peak_memory, restart_peak
     from dqbench.run import Cell
+    from dqbench.text import streamed  # noqa: F401 (what both ways import is in use before)
 
     restart_peak()
     start = peak_memory()

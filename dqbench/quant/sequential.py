@@ -24,6 +24,7 @@ from dqbench.models import anatomy
 from dqbench.quant.capture import first_tensor
 from dqbench.quant.hessian import InputStatistics, rows_of
 from dqbench.quant.plan import Plan, matches
+from dqbench.resources import trim
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # how a module is called: args, kwargs
 
@@ -172,6 +173,7 @@ class OnDisk:
             layer.to("meta")
             for module in layer.modules():
                 vars(module).pop("weight_storage", None)
+            trim()
 
 
 class Looked(nn.Module):

@@ -254,13 +254,24 @@ def export_checkpoint(argv: list[str]) -> tuple[Path, dict[str, Any]]:
     return Path(targets[-1]), stream(cfg, Path(targets[-1]))
 
 
+def measured(content: dict[str, Any]) -> list[str]:
+    """Bits per weight by the bill, and what the work took in memory, for people."""
+    memory = content["memory"]
+    parts = f"a decoder layer {memory['layer']:,}, its calibration inputs {memory['calibration']:,}"
+    return [
+        f"bits per weight: {content['origin']['cost']['bits_per_weight']:.4f}",
+        f"peak memory: {memory['peak']:,} bytes, {memory['peak'] - memory['start']:,} above what was in use before",
+        f"of these: {parts}; the network would take {memory['network']:,}",
+    ]
+
+
 @command
 def main(argv: list[str]) -> None:
     """Pack a finished run, or a checkpoint; print what was written, with json=PATH also write that there."""
     given, target = split_json(argv)
     of_checkpoint = any(pair.startswith("model=") for pair in given)
     folder, content = (export_checkpoint if of_checkpoint else export_run)(given)
-    print("\n".join([str(folder), *lines(content)]))
+    print("\n".join([str(folder), *lines(content), *(measured(content) if of_checkpoint else [])]))
     if target:
         atomic_write(target, json.dumps(content, indent=1) + "\n")
 

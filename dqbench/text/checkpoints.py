@@ -73,6 +73,12 @@ class CheckpointPipeline(MaskedDiffusionPipeline):
         checkpoint = open_layers(folder)
         return {**checkpoint.config.to_dict(), "_class_name": checkpoint.family.network.__name__}
 
+    @staticmethod
+    def check(folder: Path) -> None:
+        """Raise UserError where from_pretrained() would; nothing but headers and the tokenizer is read."""
+        checkpoint = open_layers(folder)
+        assemble(checkpoint, checkpoint.empty)
+
     @classmethod
     def download(cls, path: str, local_files_only: bool = False) -> str:
         """The cached folder of a hub id."""
@@ -138,7 +144,7 @@ def name_mask(checkpoint: Checkpoint, tokenizer: Any | None) -> None:
     mask = getattr(checkpoint.config, "mask_token_id", None)
     mask = getattr(tokenizer, "mask_token_id", None) if mask is None else mask
     if mask is None or not 0 <= mask < checkpoint.config.vocab_size:
-        line = f"mask_token_id={mask}; a masked-diffusion model names one below {checkpoint.config.vocab_size}"
+        line = f"mask_token_id={mask}; a masked-diffusion model, unlike others, names one of its tokens"
         raise UserError(f"{checkpoint.folder / 'config.json'} has {line}")
     checkpoint.config.mask_token_id = mask
     if tokenizer is not None and tokenizer.mask_token_id != mask:
@@ -158,6 +164,7 @@ class Checkpoint:
         """The network with parameters on the meta device and buffers in place."""
         with init_empty_weights(include_buffers=False):
             network = self.family.network(self.config).eval().requires_grad_(False)
+        network.tie_weights()
         for parameter in network.parameters():
             parameter.data = parameter.data.to(dtype)
         return network
@@ -298,7 +305,6 @@ def opened(file: Path) -> Any:
 
 def check_tensors(checkpoint: Checkpoint, network: nn.Module) -> None:
     """Raise UserError for missing, surplus and misshaped tensors of the empty `network`, before any is read."""
-    network.tie_weights()
     needed = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
     where, kind = checkpoint.folder, type(network).__name__
     if missing := sorted(needed.keys() - checkpoint.tensors.keys()):

@@ -9,7 +9,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from dqbench.load import PACKED, kind_of
 from dqbench.modality import check_calibration, check_kind
 from dqbench.models import attach_anatomy, checkpoint_hash, denoiser, input_shapes, is_released, snapshot
 from dqbench.provenance import stamp, version
-from dqbench.quant.compact import pack_state
+from dqbench.quant.compact import pack_state, twins
 from dqbench.quant.container import Writer
 from dqbench.quant.sequential import OnDisk, check_inside, check_weights_only, decoder_layers, quantize_checkpoint
 from dqbench.resources import full_float32, peak_memory, restart_peak, set_threads
@@ -89,14 +89,16 @@ class Job:
         self.layers = decoder_layers(self.network, self.model.units)
         self.network.plan, self.bits = cost.plan_of(self.network, cfg)
         check_inside(self.network.plan, self.layers)
+        if not any(0 < own.weight < 32 for own in self.network.plan.values()):
+            raise UserError("there is nothing to pack: no weight would be quantized; allowed: e.g. bits=w2a32")
+        self.rows = self.masked()
 
     @property
     def network(self) -> nn.Module:
         """Its parameters are on the meta device."""
         return denoiser(self.pipe)
 
-    @cached_property
-    def rows(self) -> CalibrationSet:
+    def masked(self) -> CalibrationSet:
         """Masked rows of the model's data, as a cell's."""
         found = masked_rows(self.model, self.calib, self.pipe, self.cfg.seed)
         step = found.pop("step")
@@ -115,7 +117,8 @@ class Job:
             for piece in self.checkpoint.pieces(name):
                 writer.extend(name, piece.to(self.dtype))
         quantization = describe(self.network, asdict(self.model))
-        writer.complete({"layers": sink.headers, "state": sink.state, "quantization": quantization})
+        shared = {"shared": found} if (found := twins(self.network)) else {}
+        writer.complete({"layers": sink.headers, "state": sink.state | shared, "quantization": quantization})
         return sink.headers
 
     def read(self, module: str) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, and for the pro
 
 from rich.console import Console
 
-from bench import memory
+from bench import memory, streamed
 from bench.table import show
 from dqbench.config import command, split_json
 from dqbench.errors import UserError
@@ -45,6 +45,8 @@ def main(argv: list[str]) -> None:
     console = Console(width=None if sys.stdout.isatty() else 140)
     raw = {}
     ratios, raw["memory"] = memory.bench(quick)  # first: a child's peak counts that of the process it was forked from
+    found, raw["streamed"] = streamed.bench(quick)
+    ratios += found
     console.print(f"memory: {time.perf_counter() - started:.0f} s", style="dim")
     from bench import ranges, reconstruction, sampling, sparse, stepwise
 

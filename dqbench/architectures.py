@@ -50,9 +50,10 @@ def create(name: str, config: Mapping[str, Any]) -> nn.Module:
         return cls(**config)
     from dqbench.text import networks
 
-    cls = getattr(networks, name, None)
-    if not (inspect.isclass(cls) and issubclass(cls, networks.PreTrainedModel)):
-        raise UserError(f"architecture._class_name={name} is no diffusers model; for example UNet2DModel")
+    if name not in networks.NETWORKS:
+        allowed = f"a diffusers model, for example UNet2DModel, or {', '.join(networks.NETWORKS)}"
+        raise UserError(f"architecture._class_name={name} is unknown; allowed: {allowed}")
+    cls = getattr(networks, name)
     return cls(cls.config_class(**config))
 
 

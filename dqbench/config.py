@@ -8,7 +8,7 @@ import json
 import os
 import pkgutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from dqbench.errors import UserError
 from dqbench.processes import tell
 
 NOT_HASHED = ("hydra", "tracking", "paths", "runtime", "table", "scale", "debug", "base", "published")
-THROUGHPUT = {"sampler": ("batch_size",), "metrics": ("batch_size",)}  # how fast a result comes, not the result
+THROUGHPUT = {"sampler": ("batch_size",), "metrics": ("batch_size", "protocol.batch_size")}  # speed, not the result
 ADDED = {"calib": ("mask",)}  # keys that came after the first rows: not hashed where they are null
 OFF = (16, 32)  # bit-widths that mean "not quantized"
 
@@ -182,10 +182,19 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
     """
     content = {key: hashed(key, cfg._get_node(key)) for key in cfg if key not in NOT_HASHED}
     for group, keys in THROUGHPUT.items():
-        content[group] = {key: value for key, value in content[group].items() if key not in keys}
+        content[group] = without(content[group], keys)
     if weights := content["metrics"].get("weights"):
         content["metrics"]["weights"] = Path(weights).name
     return content
+
+
+def without(content: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    """`content` without `keys`; a.b is the key b of the mapping content[a], where that is one."""
+    left = {key: value for key, value in content.items() if key not in keys}
+    for key, value in left.items():
+        inner = [dotted.removeprefix(f"{key}.") for dotted in keys if dotted.startswith(f"{key}.")]
+        left[key] = without(value, inner) if inner and isinstance(value, dict) else value
+    return left
 
 
 def hashed(group: str, node: Any) -> Any:

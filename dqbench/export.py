@@ -1,6 +1,8 @@
-"""A finished run as a packed pipeline: a diffusers folder whose weights are codes. docs/packed_format.md describes it.
+"""A packed pipeline: a diffusers folder whose weights are codes. docs/packed_format.md describes it.
 
-python -m dqbench.export run_id=ID [results=DIR] [to=FOLDER] [layout=plain|torchao] [json=PATH]
+python -m dqbench.export run_id=ID [results=DIR] [to=FOLDER] [layout=plain|torchao] [json=PATH]: of a finished run.
+python -m dqbench.export model=NAME model.path=FOLDER method=NAME ... to=FOLDER [json=PATH]: of a released language
+model, quantized layer by layer, so that it need not fit into memory; the other arguments are those of dqbench.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dqbench.config import ADDED, Config, command, compose, plain, split_json
 from dqbench.errors import UserError, check_choice
+from dqbench.launching.checks import check
 from dqbench.load import PACKED, held, lines, read_manifest
 from dqbench.results import Row, atomic_write, rows, select
 
@@ -24,10 +28,12 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from torch import nn
 
+    from dqbench.quant.container import Writer
     from dqbench.run import Cell, Quantized
 
 ARGUMENTS = ("run_id", "results", "to", "layout")
 USAGE = "allowed: run_id=ID [results=DIR] [to=FOLDER] [layout=plain|torchao] [json=PATH]"
+STREAMED = "allowed: model=NAME, other overrides as for python -m dqbench, to=FOLDER [json=PATH]"
 LAYOUTS = ("plain", "torchao")  # torchao: its own form of linear weights beside the packed ones
 
 
@@ -52,13 +58,11 @@ def save_packed(
         raise UserError("there is nothing to pack: no weight of the denoiser is quantized")
     with appearing(folder) as part:
         save_components(pipe, model.denoiser, part)
-        file = part / model.denoiser / PACKED
-        tensor_bytes = save_network(network, asdict(model), file)
+        found = save_network(network, asdict(model), part / model.denoiser / PACKED)
         if layout == "torchao":
             save_torchao(network, part / model.denoiser / "torchao.safetensors")
         sampler = getattr(pipe, "sampler", None)
         content = {"origin": dict(origin or {}), "sampler": sampler and asdict(sampler), "denoiser": model.denoiser}
-        found = sizes(network, file, tensor_bytes)
         write_manifest(part, content | {"sizes": found | {"billed_bytes": billed}})
     return read_manifest(folder)
 
@@ -98,25 +102,43 @@ def save_components(pipe: DiffusionPipeline, denoiser: str, folder: Path) -> Non
             component.save_pretrained(folder / name)
 
 
-def save_network(network: nn.Module, model: Mapping[str, Any], file: Path) -> int:
+def save_network(network: nn.Module, model: Mapping[str, Any], file: Path) -> dict[str, Any]:
     """Everything of the denoiser but its architecture, in one file: load.rebuild() reads it. model: its anatomy.
 
-    Returns the bytes of its tensors. Raises UserError where a weight is no longer what its storage holds.
+    Returns its sizes(). Raises UserError where a weight is no longer what its storage holds.
     """
     from dqbench.quant import container
-    from dqbench.quant.checkpoint import describe
     from dqbench.quant.compact import pack_state
+
+    with container.Writer(file) as writer:
+        headers = put_weights(writer, network)
+        rest, state = pack_state(network)
+        for name, tensor in rest.items():
+            writer.add(name, tensor)
+        writer.complete({"layers": headers, "state": state, "quantization": describe(network, model)})
+    return sizes(network, headers, writer.described, file)
+
+
+def put_weights(writer: Writer, module: nn.Module, prefix: str = "") -> dict[str, dict[str, Any]]:
+    """Write the weights of the quantized layers of `module`, whose own name is `prefix`; their headers by layer."""
     from dqbench.quant.packing import without_seal
     from dqbench.quant.storage import recast, storages
 
-    tensors, headers = {}, {}
-    for name, storage in storages(network).items():
-        own = recast(storage, network.get_submodule(name).weight, name)
+    headers = {}
+    for inner, storage in storages(module).items():
+        name = prefix + inner
+        own = recast(storage, module.get_submodule(inner).weight, name)
         headers[name] = without_seal(own.content)
-        tensors |= {f"{name}:{key}": value for key, value in own.tensors.items()}
-    rest, state = pack_state(network)
-    description = {**describe(network), "diagnostics": {}, "model": model}
-    return container.write(file, tensors | rest, {"layers": headers, "state": state, "quantization": description})
+        for key, value in own.tensors.items():
+            writer.add(f"{name}:{key}", value)
+    return headers
+
+
+def describe(network: nn.Module, model: Mapping[str, Any]) -> dict[str, Any]:
+    """What hangs on the network, and its anatomy."""
+    from dqbench.quant import checkpoint
+
+    return {**checkpoint.describe(network), "diagnostics": {}, "model": model}
 
 
 def write_manifest(folder: Path, content: dict[str, Any]) -> None:
@@ -129,26 +151,25 @@ def write_manifest(folder: Path, content: dict[str, Any]) -> None:
     (folder / MANIFEST).write_text(json.dumps(seal({}, manifest), indent=1))
 
 
-def sizes(network: nn.Module, file: Path, tensor_bytes: int) -> dict[str, Any]:
+def sizes(network: nn.Module, headers: Mapping[str, Any], described: Mapping[str, Any], file: Path) -> dict[str, Any]:
     """Bytes of packed weights and of the whole denoiser: in 32 bits, of the stored tensors, and of the file.
 
-    unpacked: planned weights that no storage holds, in full precision therefore.
+    headers: of the packed weights; described: name -> (dtype, shape) of all tensors of the file. unpacked: planned
+    weights that no storage holds, in full precision therefore.
     """
-    from dqbench.quant.storage import storages, stored_bits
-
-    packed, plan = storages(network), getattr(network, "plan", {})
-    weights = sum(network.get_submodule(name).weight.numel() for name in packed)
+    stored = {name: dtype.itemsize * prod(shape) for name, (dtype, shape) in described.items()}
+    plan = getattr(network, "plan", {})
     return {
         "packed": {
-            "fp32_bytes": 4 * weights,
-            "tensor_bytes": sum(stored_bits(storage) for storage in packed.values()) // 8,
+            "fp32_bytes": 4 * sum(prod(header["shape"]) for header in headers.values()),
+            "tensor_bytes": sum(size for name, size in stored.items() if ":" in name),
         },
         "denoiser": {
             "fp32_bytes": 4 * sum(parameter.numel() for parameter in network.parameters()),
-            "tensor_bytes": tensor_bytes,
+            "tensor_bytes": sum(stored.values()),
             "file_bytes": file.stat().st_size,
         },
-        "unpacked": [name for name, own in plan.items() if 0 < own.weight < 32 and name not in packed],
+        "unpacked": [name for name, own in plan.items() if 0 < own.weight < 32 and name not in headers],
     }
 
 
@@ -199,28 +220,58 @@ def config_of(row: Row, results: Path) -> DictConfig:
     return OmegaConf.merge(OmegaConf.structured(Config), content | own)
 
 
-def read_arguments(argv: list[str]) -> tuple[dict[str, str], Path | None]:
-    """(values by name, where JSON goes). Raises UserError for anything else."""
-    pairs, target = split_json(argv)
-    given = dict(pair.partition("=")[::2] for pair in pairs)
-    if unknown := [pair for pair in pairs if pair.partition("=")[0] not in ARGUMENTS]:
+def read_arguments(argv: list[str]) -> dict[str, str]:
+    """Values by name, where a finished run is packed. Raises UserError for anything else."""
+    given = dict(pair.partition("=")[::2] for pair in argv)
+    if unknown := [pair for pair in argv if pair.partition("=")[0] not in ARGUMENTS]:
         raise UserError(f"{unknown[0]} is unknown; {USAGE}")
     if not all(given.values()) or "run_id" not in given:
         raise UserError(f"run_id=ID is missing, or a value is; {USAGE}")
     check_choice("layout", given.setdefault("layout", "plain"), LAYOUTS)
-    return given, target
+    return given
+
+
+def export_run(argv: list[str]) -> tuple[Path, dict[str, Any]]:
+    """Pack a finished run: (the folder, what it holds)."""
+    given = read_arguments(argv)
+    results = Path(given.get("results", "results"))
+    (row,) = select(rows(results), [given["run_id"]], str(results))
+    folder = Path(given.get("to", results / "runs" / row.run_id / "packed"))
+    return folder, held(folder, export(row, results, folder, given["layout"]))
+
+
+def export_checkpoint(argv: list[str]) -> tuple[Path, dict[str, Any]]:
+    """Quantize and pack a released checkpoint, layer by layer: (the folder, what it holds)."""
+    targets = [pair.removeprefix("to=") for pair in argv if pair.startswith("to=")]
+    if not targets or not targets[-1]:
+        raise UserError(f"to=FOLDER is missing: where the packed checkpoint goes; {STREAMED}")
+    if other := [pair for pair in argv if pair.partition("=")[0] in ("run_id", "results", "layout")]:
+        raise UserError(f"{other[0]} belongs to a finished run; {STREAMED}")
+    cfg = compose([pair for pair in argv if not pair.startswith("to=")])
+    check(cfg)
+    from dqbench.text.streamed import stream
+
+    return Path(targets[-1]), stream(cfg, Path(targets[-1]))
+
+
+def measured(content: dict[str, Any]) -> list[str]:
+    """Bits per weight by the bill, and what the work took in memory, for people."""
+    memory = content["memory"]
+    parts = f"a decoder layer {memory['layer']:,}, its calibration inputs {memory['calibration']:,}"
+    return [
+        f"bits per weight: {content['origin']['cost']['bits_per_weight']:.4f}",
+        f"peak memory: {memory['peak']:,} bytes, {memory['peak'] - memory['start']:,} above what was in use before",
+        f"of these: {parts}; the network would take {memory['network']:,}",
+    ]
 
 
 @command
 def main(argv: list[str]) -> None:
-    """Pack a finished run; print what was written, with json=PATH also write that there."""
-    given, target = read_arguments(argv)
-    results = Path(given.get("results", "results"))
-    (row,) = select(rows(results), [given["run_id"]], str(results))
-    folder = Path(given.get("to", results / "runs" / row.run_id / "packed"))
-    manifest = export(row, results, folder, given["layout"])
-    content = held(folder, manifest)
-    print("\n".join([str(folder), *lines(content)]))
+    """Pack a finished run, or a checkpoint; print what was written, with json=PATH also write that there."""
+    given, target = split_json(argv)
+    of_checkpoint = any(pair.startswith("model=") for pair in given)
+    folder, content = (export_checkpoint if of_checkpoint else export_run)(given)
+    print("\n".join([str(folder), *lines(content), *(measured(content) if of_checkpoint else [])]))
     if target:
         atomic_write(target, json.dumps(content, indent=1) + "\n")
 

@@ -56,7 +56,7 @@ def rebuild(network: nn.Module, tensors: dict[str, Tensor], content: dict[str, A
     """`network` with what a packed file holds, quantized and frozen."""
     from dqbench.quant.attach import freeze
     from dqbench.quant.checkpoint import install
-    from dqbench.quant.compact import unpack_state
+    from dqbench.quant.compact import tie, unpack_state
     from dqbench.quant.storage import unpack
 
     install(network, content["quantization"])
@@ -65,6 +65,7 @@ def rebuild(network: nn.Module, tensors: dict[str, Tensor], content: dict[str, A
         network.get_submodule(name).weight_storage = storage
         state[f"{name}.weight"] = unpack(storage.tensors, storage.content)
     network.load_state_dict(state, assign=True)
+    tie(network, content["state"].get("shared", {}))
     return freeze(network)
 
 

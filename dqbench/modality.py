@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from dqbench.config import Model, Sampler
+from dqbench.config import Calib, Model, Sampler
 from dqbench.errors import UserError
 
 if TYPE_CHECKING:
@@ -72,18 +71,30 @@ def check_modality(cell: Cell) -> None:
 
     Then for whatever else the kind of model does not allow.
     """
-    model, method, kind = cell.model, cell.method, kind_of(cell.model)
-    made_for: Sequence[str] = getattr(method, "modalities", tuple(KINDS))
-    if kind not in made_for:
-        raise UserError(f"method={method.name} works on {made_for[0]} models; model={model.name} makes {kind}")
-    if kind != ("text" if samples_tokens(cell.sampler) else "image"):
-        given = f"sampler.scheduler={cell.sampler.scheduler} does not sample {kind}"
-        raise UserError(f"{given}; allowed for model={model.name}: {SAMPLERS[kind]}")
+    model, kind = cell.model, kind_of(cell.model)
+    check_kind(model, cell.method, cell.sampler)
     if kind not in getattr(cell.metrics, "modalities", ("image",)):
         raise UserError(f"these metrics cannot score {kind}; allowed for model={model.name}: {SCORERS[kind]}")
-    if cell.quantizing and (cell.calib.mask is not None) != (kind == "text"):
-        raise UserError(f"this calib is not made for {kind}; allowed for model={model.name}: {CALIBRATION[kind]}")
+    if cell.quantizing:
+        check_calibration(model, cell.calib)
     cell.modality.check(cell)
+
+
+def check_kind(model: Model, method: Any, sampler: Sampler) -> None:
+    """Raise UserError for a method or a sampler that is made for another kind of model."""
+    kind, made_for = kind_of(model), getattr(method, "modalities", tuple(KINDS))
+    if kind not in made_for:
+        raise UserError(f"method={method.name} works on {made_for[0]} models; model={model.name} makes {kind}")
+    if kind != ("text" if samples_tokens(sampler) else "image"):
+        given = f"sampler.scheduler={sampler.scheduler} does not sample {kind}"
+        raise UserError(f"{given}; allowed for model={model.name}: {SAMPLERS[kind]}")
+
+
+def check_calibration(model: Model, calib: Calib) -> None:
+    """Raise UserError for a calibration that is made for another kind of model."""
+    kind = kind_of(model)
+    if (calib.mask is not None) != (kind == "text"):
+        raise UserError(f"this calib is not made for {kind}; allowed for model={model.name}: {CALIBRATION[kind]}")
 
 
 def samples_tokens(sampler: Sampler) -> bool:

@@ -100,6 +100,8 @@ def resolve(model: Model) -> str:
     if folder.is_dir() and not any((folder / name).exists() for name in known_by):
         missing = folder / min(known_by)
         raise UserError(f"model.path={model.path} holds no model that {model.pipeline} reads; {missing} is missing")
+    if folder.is_file():
+        raise UserError(f"model.path={model.path} is a file; give the folder with config.json and safetensors")
     if looks_local and not folder.is_dir():
         raise UserError(f"model.path={model.path}: no such folder; give a diffusers folder or a hub id")
     return str(folder) if folder.is_dir() else model.path

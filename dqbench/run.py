@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dqbench import processes
 from dqbench.calibration import CalibrationSet
-from dqbench.config import THROUGHPUT, build, compose, digest, hashed, plain, run_id
+from dqbench.config import THROUGHPUT, build, compose, digest, hashed, plain, run_id, without
 from dqbench.launching.checks import check
 from dqbench.launching.preflight import choose_device, meet, preflight
 from dqbench.methods.fp32 import FP32
@@ -131,8 +131,7 @@ class Cell:
     @cached_property
     def origin(self) -> dict[str, Any]:
         """What every stage depends on: the checkpoint's content and how the sampler steps."""
-        unhashed = (*THROUGHPUT["sampler"], "num_samples")
-        sampler = {key: value for key, value in plain(self.cfg.sampler).items() if key not in unhashed}
+        sampler = without(plain(self.cfg.sampler), (*THROUGHPUT["sampler"], "num_samples"))
         family = {
             key: plain(self.cfg.model)[key] for key in ("version", "pipeline", "denoiser", "dtype", "num_classes")
         }
@@ -254,8 +253,8 @@ class Cell:
             if processes.is_main():
                 write_json(folder / "metrics.json", {name: asdict(metric) for name, metric in scores.items()})
 
-        asks_network, unhashed = hasattr(self.metrics, "score_network"), (*THROUGHPUT["metrics"], "weights")
-        metrics = {key: value for key, value in plain(self.cfg.metrics).items() if key not in unhashed}
+        asks_network = hasattr(self.metrics, "score_network")
+        metrics = without(plain(self.cfg.metrics), (*THROUGHPUT["metrics"], "weights"))
         depends = {"samples": samples.key, "metrics": metrics, "weights": self.metrics.weights_hash()}
         return self.store.get("scores", {**depends, "reference": self.reference_hash}, produce, together=asks_network)
 

@@ -55,6 +55,12 @@ def test_identity_is_what_the_numbers_depend_on(override: str, same: bool) -> No
     assert (run_id(compose([override])) == run_id(compose([]))) is same
 
 
+def test_the_harness_batch_size_is_throughput_only() -> None:
+    harness = ["model=llada_8b_base", "metrics=lm_eval"]
+    same, other = ([*harness, f"metrics.protocol.{change}"] for change in ("batch_size=3", "draws=3"))
+    assert run_id(compose(same)) == run_id(compose(harness)) != run_id(compose(other))
+
+
 def test_identity_does_not_depend_on_how_a_value_was_given() -> None:
     assert (
         run_id(compose(["bits=w4a8", "seed=0"]))

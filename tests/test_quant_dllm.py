@@ -28,6 +28,7 @@ from dqbench.quant.multi_binary import Refinement, Solver, approximate, overhead
 from dqbench.quant.sequential import (
     DecoderInputs,
     LayerInputs,
+    OnDisk,
     first_inputs,
     quantize_checkpoint,
     quantize_decoder_layer,
@@ -438,7 +439,9 @@ def test_decoder_layers_can_come_from_a_checkpoint_one_at_a_time():
         resident.append({key.split(".")[2] for key, value in network.named_parameters() if not value.is_meta})
 
     names = [f"model.layers.{i}" for i in range(3)]
-    quantize_checkpoint(network, names, read, calib.batches(), partial(built.quantize_layer, plan=plan), sink)
+    table = stored["model.embed_tokens.weight"]
+    disk = OnDisk(network, names, read, lambda ids: table[ids])
+    quantize_checkpoint(disk, calib.batches(), partial(built.quantize_layer, plan=plan), sink, built.compares)
     assert resident == [{"0"}, {"1"}, {"2"}] and all(value.is_meta for value in network.parameters())
     assert plan == expected.plan and not any(hasattr(module, "weight_storage") for module in network.modules())
     for name, state in kept.items():

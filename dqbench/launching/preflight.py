@@ -21,14 +21,14 @@ def preflight(model: Model, sampler: Sampler, device: str) -> Any:
 
     Reads headers only; fetches a hub checkpoint that is not here.
     """
-    from dqbench.models import architecture, is_released, snapshot
+    from dqbench.models import is_released, locate, snapshot
     from dqbench.schedulers import make_scheduler
 
     choose_device(device)
     check_call(model, sampler)
     folder = Path(snapshot(model))
     if is_released(folder, model):
-        architecture(model)
+        locate(model.pipeline).check(folder)
         return make_scheduler({}, sampler)
     scheduler = scheduler_of(folder, model, sampler)
     check_weights(folder, model)

@@ -38,6 +38,7 @@ from dqbench.quant.sequential import (
 @dataclass
 class AWQ:
     modalities: ClassVar[tuple[str, ...]] = ("text",)
+    compares: ClassVar[bool] = False  # a layer's inputs behind quantized ones with full precision's
     name: str
     version: int
     skip: list[str]  # fnmatch patterns of layers kept in full precision

@@ -50,6 +50,11 @@ class GPTQ:
     act: ActRule
     attention: bool  # quantize the attention matmuls
 
+    @property
+    def compares(self) -> bool:
+        """Whether a layer's statistics take the full-precision network's inputs, too."""
+        return self.damping.asymmetry > 0
+
     @torch.no_grad()
     def __call__(self, pipe: DiffusionPipeline, calib: CalibrationSet, bits: Bits) -> DiffusionPipeline:
         """Weights stage by stage, each seeing the stages before it quantized; then activation ranges."""
@@ -58,8 +63,7 @@ class GPTQ:
         student.plan = select(student, bits, self.skip, self.overrides, self.weight.granularity, self.weight.group_size)
         if is_language_model(calib):
             quantize = functools.partial(self.quantize_layer, plan=student.plan)
-            batches, asymmetric = calib.batches(pipe.device), self.damping.asymmetry > 0
-            quantize_decoder(student, anatomy(pipe).units, batches, quantize, asymmetric)
+            quantize_decoder(student, anatomy(pipe).units, calib.batches(pipe.device), quantize, self.compares)
         else:
             self.quantize_network(student, denoiser(pipe), NetworkCalls(calib, pipe.device))
         self.quantize_activations(student, calib, bits)

@@ -107,6 +107,11 @@ class QuantDLLM:
         overhead = overhead_bits(shape[0], widths_of(shape[1:].numel(), self.block_size), own.weight)
         return replace(own, weight_groups=0, weight_overhead_bits=overhead)
 
+    @property
+    def compares(self) -> bool:
+        """Whether a layer's statistics take the full-precision network's inputs, too."""
+        return self.damping.asymmetry > 0
+
     @torch.no_grad()
     def __call__(self, pipe: DiffusionPipeline, calib: CalibrationSet, bits: Bits) -> DiffusionPipeline:
         """Decoder layer by decoder layer; `calib` holds masked rows."""
@@ -115,7 +120,7 @@ class QuantDLLM:
         student = denoiser(quantized)
         student.plan = self.plan(student, bits)
         quantize = functools.partial(self.quantize_layer, plan=student.plan)
-        quantize_decoder(student, anatomy(pipe).units, calib.batches(pipe.device), quantize, self.damping.asymmetry > 0)
+        quantize_decoder(student, anatomy(pipe).units, calib.batches(pipe.device), quantize, self.compares)
         freeze(student)
         return quantized
 

@@ -20,6 +20,7 @@ from dqbench.models import anatomy, attach_anatomy, clone, denoiser, fix_layout,
 from dqbench.quant.attach import attach_act_quantizer, freeze
 from dqbench.quant.attention import QuantAttnProcessor, attention_layers
 from dqbench.quant.clock import attach_clock, timesteps_of
+from dqbench.quant.compact import tie, twins
 from dqbench.quant.feature_cache import describe_caches, install_caches
 from dqbench.quant.packing import readable
 from dqbench.quant.plan import LayerBits
@@ -72,7 +73,9 @@ def save_denoiser(pipe: DiffusionPipeline, folder: Path) -> None:
     """Write the quantized denoiser, its weights as they are stored, and the scheduler's config to `folder`."""
     model = denoiser(pipe)
     save_storages(model, folder / STORED)
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / WEIGHTS)
+    shared = twins(model)
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name not in shared}
+    save_file(state, folder / WEIGHTS)
     (folder / DESCRIPTION).write_text(json.dumps(describe(model), indent=1))
     pipe.scheduler.save_pretrained(folder / "scheduler")
 
@@ -113,12 +116,14 @@ def fill(model: nn.Module, description: Path, weights: Path) -> None:
     """Install the described quantizers and load every tensor, strictly; then freeze."""
     with readable(str(description)):
         install(model, json.loads(description.read_text()))
-    device = next(model.parameters()).device
+    device, shared = next(model.parameters()).device, twins(model)
     try:
-        model.load_state_dict(load_file(weights), assign=True)
-    except (SafetensorError, RuntimeError, OSError) as error:
+        state = load_file(weights)
+        model.load_state_dict({**state, **{name: state[first] for name, first in shared.items()}}, assign=True)
+    except (SafetensorError, RuntimeError, OSError, KeyError) as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"{weights} does not hold the quantized denoiser described beside it: {reason}") from error
+    tie(model, shared)
     freeze(model.to(device))
 
 

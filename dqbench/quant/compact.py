@@ -33,11 +33,14 @@ Tensors = dict[str, Tensor]
 
 def pack_state(model: nn.Module) -> tuple[Tensors, dict[str, Any]]:
     """(tensors, header) of a frozen network; with its weight storages they are all of its state. header: JSON-able."""
-    moved, held = elsewhere(model), list(ranged(model))
+    shared = twins(model)
+    moved, held = elsewhere(model) | shared.keys(), list(ranged(model))
     tensors = {name: value.contiguous() for name, value in model.state_dict().items() if name not in moved}
     if any(module.scale.dtype != torch.float32 for _, module in held):
         raise UserError("parameters of activation quantizers are not float32; leave them so when casting a network")
     header: dict[str, Any] = {"dtype": packing.name_of(next(model.parameters()).dtype)}
+    if shared:
+        header["shared"] = shared
     values = {key: [rows(module, key) for _, module in held] for key in BUFFERS}
     if any(part.numel() for part in values["scale"]):
         tensors[SCALE] = torch.cat(values["scale"])
@@ -52,6 +55,7 @@ def pack_state(model: nn.Module) -> tuple[Tensors, dict[str, Any]]:
 def unpack_state(model: nn.Module, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> Tensors:
     """The state dict that pack_state() took apart, without packed weights. model: with all its quantizers installed."""
     state = {name: value for name, value in tensors.items() if "/" not in name}
+    state |= {name: state[first] for name, first in header.get("shared", {}).items()}
     none = torch.zeros(0)
     for layer, cache in caches_of(model).items():
         state |= unpack_cache(f"{layer}.feature_cache", cache, tensors[layer + CODES], tensors.get(layer + CHOSEN))
@@ -68,6 +72,21 @@ def unpack_state(model: nn.Module, tensors: Mapping[str, Tensor], header: Mappin
                 state[f"{name}.{key}"] = put(module, key, part)
     dtype = packing.dtype_of(header["dtype"])
     return state | {name: torch.zeros(shape, dtype=dtype) for name, shape in unread(model).items()}
+
+
+def twins(model: nn.Module) -> dict[str, str]:
+    """Parameters that are another one under a second name -> its first name, as those of tied embeddings."""
+    first: dict[nn.Parameter, str] = {}
+    named = model.named_parameters(remove_duplicate=False)
+    found = {name: first.setdefault(parameter, name) for name, parameter in named}
+    return {name: original for name, original in found.items() if name != original}
+
+
+def tie(model: nn.Module, shared: Mapping[str, str]) -> None:
+    """Make parameters one that twins() found to be."""
+    for name, first in shared.items():
+        module, _, key = name.rpartition(".")
+        setattr(model.get_submodule(module), key, model.get_parameter(first))
 
 
 def elsewhere(model: nn.Module) -> set[str]:

@@ -3,6 +3,7 @@
 The file has two tensors of bytes. data: those of all tensors, one after the other. index: deflated JSON, {"tensors":
 [[shared, rest, dtype, shape], ...] in that order, and what the writer has to say}; a name is the first `shared`
 characters of the one before, and `rest`. Its metadata: format, version, and the SHA-256 of the index and then the data.
+A Writer puts each tensor into the file when it is given, and the header, for which it leaves room, at the end.
 """
 
 from __future__ import annotations
@@ -16,10 +17,8 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dqbench.errors import UserError
@@ -27,15 +26,72 @@ from dqbench.quant.packing import dtype_of, name_of, readable
 
 FORMAT, VERSION = "dqbench.packed", 2
 INDEX, DATA = "index", "data"
+HEADER = 384  # bytes before the data, enough for sizes of 18 digits
+BLOCK = 2**20
+
+
+class Writer:
+    """A file in the making, tensor by tensor; it can be read after complete()."""
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.described = file.open("w+b"), {}
+        self.file.write(bytes(HEADER))
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.file.close()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors so far."""
+        return self.file.tell() - HEADER
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """A tensor of any dtype and shape."""
+        self.described[name] = (tensor.dtype, list(tensor.shape))
+        self.file.write(as_bytes(tensor).numpy().data)
+
+    def extend(self, name: str, rows: Tensor) -> None:
+        """More rows [N, ...] of the tensor `name`, which is the last one or a new one."""
+        before = self.described.get(name, (rows.dtype, [0]))[1][0]
+        self.add(name, rows)
+        self.described[name][1][0] += before
+
+    def complete(self, content: Mapping[str, Any]) -> int:
+        """Write index and header; content: JSON-able, not "tensors". Returns the bytes of the tensors."""
+        size = self.nbytes
+        described = json.dumps({**content, "tensors": describe(self.described)}, separators=(",", ":"))
+        index = zlib.compress(described.encode(), 9)
+        total = hashlib.sha256(index)
+        self.file.seek(HEADER)
+        while block := self.file.read(BLOCK):
+            total.update(block)
+        self.file.write(index)
+        self.file.seek(0)
+        self.file.write(header(size, len(index), total.hexdigest()))
+        return size
 
 
 def write(file: Path, tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> int:
     """Write tensors of any dtype and shape; content: JSON-able, not "tensors". Returns the bytes of the tensors."""
-    index = json.dumps({**content, "tensors": describe(tensors)}, separators=(",", ":")).encode()
-    data = torch.cat([torch.empty(0, dtype=torch.uint8), *map(as_bytes, tensors.values())])
-    parts = {INDEX: torch.from_numpy(np.frombuffer(zlib.compress(index, 9), np.uint8).copy()), DATA: data}
-    save_file(parts, file, {"format": FORMAT, "version": str(VERSION), "sha256": digest(parts)})
-    return len(data)
+    with Writer(file) as writer:
+        for name, tensor in tensors.items():
+            writer.add(name, tensor)
+        return writer.complete(content)
+
+
+def header(data: int, index: int, sha256: str) -> bytes:
+    """The beginning of a safetensors file with tensors of `data` and `index` bytes, HEADER bytes long."""
+    metadata = {"format": FORMAT, "version": str(VERSION), "sha256": sha256}
+    ends = {DATA: (0, data), INDEX: (data, data + index)}
+    parts = {
+        name: {"dtype": "U8", "shape": [end - first], "data_offsets": [first, end]}
+        for name, (first, end) in ends.items()
+    }
+    text = json.dumps({"__metadata__": metadata, **parts}, separators=(",", ":")).encode()
+    return (HEADER - 8).to_bytes(8, "little") + text.ljust(HEADER - 8)
 
 
 def read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -57,10 +113,10 @@ def check_version(what: str, form: Any, version: Any) -> None:
         raise UserError(f"{what} holds {found}; this dqbench reads version {VERSION} of {FORMAT}")
 
 
-def describe(tensors: Mapping[str, Tensor]) -> list[list[Any]]:
-    """[shared, rest, dtype, shape] of each tensor."""
+def describe(tensors: Mapping[str, tuple[torch.dtype, list[int]]]) -> list[list[Any]]:
+    """[shared, rest, dtype, shape] of each tensor, from its dtype and shape."""
     pairs = [(len(os.path.commonprefix(pair)), pair[1]) for pair in pairwise(["", *tensors])]
-    return [[shared, name[shared:], name_of(tensors[name].dtype), list(tensors[name].shape)] for shared, name in pairs]
+    return [[shared, name[shared:], name_of(tensors[name][0]), tensors[name][1]] for shared, name in pairs]
 
 
 def split(data: Tensor, described: list[list[Any]]) -> list[tuple[str, Tensor]]:

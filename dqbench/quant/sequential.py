@@ -24,6 +24,7 @@ from dqbench.models import anatomy
 from dqbench.quant.capture import first_tensor
 from dqbench.quant.hessian import InputStatistics, rows_of
 from dqbench.quant.plan import Plan, matches
+from dqbench.resources import trim
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # how a module is called: args, kwargs
 
@@ -142,38 +143,62 @@ def quantize_decoder_layer(
     inputs.advance(layer, original)
 
 
+@dataclass(frozen=True)
+class OnDisk:
+    """A network whose parameters are on the meta device, and where those of its modules come from.
+
+    read(module name): its state dict; embed(token ids [B, L]): rows of the input embedding [B, L, D].
+    """
+
+    network: nn.Module
+    layers: Sequence[str]  # its decoder layers
+    read: Callable[[str], Mapping[str, Tensor]]
+    embed: Callable[[Tensor], Tensor]
+
+    def first_inputs(self, batches: Iterable[dict[str, Tensor]]) -> LayerInputs:
+        """What the first decoder layer is called with; of the embedding no more is read than the batches need."""
+        embedding = self.network.get_input_embeddings()
+        self.network.set_input_embeddings(Looked(self.embed))
+        try:
+            return first_inputs(self.network, self.layers[0], batches)
+        finally:
+            self.network.set_input_embeddings(embedding)
+
+    def resident(self) -> Iterator[tuple[str, nn.Module]]:
+        """(name, decoder layer), each with its weights only while its turn lasts."""
+        for name in self.layers:
+            layer = self.network.get_submodule(name)
+            layer.load_state_dict(self.read(name), assign=True)
+            yield name, layer.requires_grad_(False)
+            layer.to("meta")
+            for module in layer.modules():
+                vars(module).pop("weight_storage", None)
+            trim()
+
+
+class Looked(nn.Module):
+    """Stands in for an embedding; has no parameters."""
+
+    def __init__(self, embed: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.embed = embed
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.embed(ids)
+
+
 @torch.no_grad()
 def quantize_checkpoint(
-    network: nn.Module,
-    names: Sequence[str],
-    read: Callable[[str], Mapping[str, Tensor]],
+    stored: OnDisk,
     batches: Iterable[dict[str, Tensor]],
     quantize: Callable[[str, nn.Module, DecoderInputs], None],
     sink: Callable[[str, nn.Module], None],
+    with_teacher: bool = False,
 ) -> None:
-    """quantize_layers() on a network whose parameters are on the meta device, its decoder layers being `names`.
-
-    read(module name): its state dict. What the sink does not keep of a layer, its storage included, is gone afterwards.
-    """
-    outer = {module: name for name, module in network.named_modules()}
-    embedding = network.get_input_embeddings()
-    embedding.load_state_dict(read(outer[embedding]), assign=True)
-    inputs = first_inputs(network, names[0], batches)
-    embedding.to("meta")
-    quantize_layers(resident(network, names, read), DecoderInputs(inputs, None), quantize, sink)
-
-
-def resident(
-    network: nn.Module, names: Sequence[str], read: Callable[[str], Mapping[str, Tensor]]
-) -> Iterator[tuple[str, nn.Module]]:
-    """(name, decoder layer) of a network on the meta device, each with its weights only while its turn lasts."""
-    for name in names:
-        layer = network.get_submodule(name)
-        layer.load_state_dict(read(name), assign=True)
-        yield name, layer.requires_grad_(False)
-        layer.to("meta")
-        for module in layer.modules():
-            vars(module).pop("weight_storage", None)
+    """quantize_layers() on a network on disk. What the sink does not keep of a layer is gone afterwards."""
+    student = stored.first_inputs(batches)
+    teacher = LayerInputs(list(student.hidden), student.others) if with_teacher else None
+    quantize_layers(stored.resident(), DecoderInputs(student, teacher), quantize, sink)
 
 
 def decoder_layers(network: nn.Module, patterns: Sequence[str]) -> list[str]:

@@ -7,7 +7,8 @@ layer or the whole network; load_language_model() makes a pipeline of them.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,18 @@ from dqbench.text.schedulers import LLaDAScheduler
 
 FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]  # what is fetched of a hub id
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+PIECE = 2**22  # elements of a large tensor that are read at once
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
+SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id", "mask_token_id")
+UNBUILDABLE = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    RuntimeError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+)
 END_OF_TURN = "<|eot_id|>"  # LLaDA's
 LLADA2 = "llada2"  # model types that begin so belong to diffusers' LLaDA2Pipeline
 
@@ -61,6 +73,12 @@ class CheckpointPipeline(MaskedDiffusionPipeline):
         checkpoint = open_layers(folder)
         return {**checkpoint.config.to_dict(), "_class_name": checkpoint.family.network.__name__}
 
+    @staticmethod
+    def check(folder: Path) -> None:
+        """Raise UserError where from_pretrained() would; nothing but headers and the tokenizer is read."""
+        checkpoint = open_layers(folder)
+        assemble(checkpoint, checkpoint.empty)
+
     @classmethod
     def download(cls, path: str, local_files_only: bool = False) -> str:
         """The cached folder of a hub id."""
@@ -75,18 +93,23 @@ def load_language_model(
     trust_remote_code: run the code that comes with an unknown architecture; the known ones are read natively even so.
     """
     folder, content = Path(path), read_json(Path(path) / "config.json")
-    if content.get("model_type") not in FAMILIES and trust_remote_code:
+    if str(content.get("model_type")) not in FAMILIES and trust_remote_code:
         return load_by_its_own_code(folder, content, dtype)
     checkpoint = open_layers(folder)
-    tokenizer = read_tokenizer(folder, checkpoint.family.tokenizer)
+    return assemble(checkpoint, lambda: checkpoint.load(dtype))
+
+
+def assemble(checkpoint: Checkpoint, network: Callable[[], nn.Module]) -> MaskedDiffusionPipeline:
+    """The pipeline of a checkpoint around `network()`, which is made once the config names the mask token."""
+    tokenizer = read_tokenizer(checkpoint.folder, checkpoint.family.tokenizer)
     name_mask(checkpoint, tokenizer)
-    end = checkpoint.config.eos_token_id
+    ends = as_list(checkpoint.config.eos_token_id)
     scheduler = checkpoint.family.scheduler(
         mask_token_id=checkpoint.config.mask_token_id,
-        eos_token_id=end[0] if isinstance(end, list) else end,
+        eos_token_id=ends[0] if ends else None,
         eot_token_id=None if tokenizer is None else tokenizer.get_vocab().get(END_OF_TURN),
     )
-    return MaskedDiffusionPipeline(checkpoint.load(dtype), scheduler, tokenizer)
+    return MaskedDiffusionPipeline(network(), scheduler, tokenizer)
 
 
 def load_by_its_own_code(folder: Path, content: Mapping[str, Any], dtype: torch.dtype | None) -> DiffusionPipeline:
@@ -121,7 +144,7 @@ def name_mask(checkpoint: Checkpoint, tokenizer: Any | None) -> None:
     mask = getattr(checkpoint.config, "mask_token_id", None)
     mask = getattr(tokenizer, "mask_token_id", None) if mask is None else mask
     if mask is None or not 0 <= mask < checkpoint.config.vocab_size:
-        line = f"mask_token_id={mask}; a masked-diffusion model names one below {checkpoint.config.vocab_size}"
+        line = f"mask_token_id={mask}; a masked-diffusion model, unlike others, names one of its tokens"
         raise UserError(f"{checkpoint.folder / 'config.json'} has {line}")
     checkpoint.config.mask_token_id = mask
     if tokenizer is not None and tokenizer.mask_token_id != mask:
@@ -137,10 +160,14 @@ class Checkpoint:
     config: PreTrainedConfig
     tensors: dict[str, tuple[Path, str]]
 
-    def empty(self) -> nn.Module:
+    def empty(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """The network with parameters on the meta device and buffers in place."""
         with init_empty_weights(include_buffers=False):
-            return self.family.network(self.config).eval().requires_grad_(False)
+            network = self.family.network(self.config).eval().requires_grad_(False)
+        network.tie_weights()
+        for parameter in network.parameters():
+            parameter.data = parameter.data.to(dtype)
+        return network
 
     def state(self, module: str = "", dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """The state dict of one native module, such as model.layers.3, as stored or in `dtype`."""
@@ -155,6 +182,21 @@ class Checkpoint:
                     tensor = content.get_tensor(stored)
                     yield name, tensor if dtype is None else tensor.to(dtype)
 
+    def rows(self, name: str, ids: Tensor) -> Tensor:
+        """Rows of a tensor, as stored: [*ids.shape, ...]. Of the file no more is read than these."""
+        file, stored = self.tensors[name]
+        with opened(file) as content:
+            return content.get_tensor(stored)[ids]
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """A tensor, as stored, in runs of rows of about PIECE elements."""
+        file, stored = self.tensors[name]
+        with opened(file) as content:
+            length, *rest = content.get_slice(stored).get_shape()
+        size = max(1, PIECE // torch.Size(rest).numel())
+        for first in range(0, length, size):
+            yield self.rows(name, torch.arange(first, min(first + size, length)))
+
     def load(self, dtype: torch.dtype | None = None) -> nn.Module:
         """The network, filled tensor by tensor."""
         network = self.empty()
@@ -167,30 +209,54 @@ class Checkpoint:
 def open_layers(path: Path | str) -> Checkpoint:
     """The checkpoint in a folder, its names and shapes checked. Raises UserError for what cannot be read natively."""
     folder, content = Path(path), read_json(Path(path) / "config.json")
-    if (family := FAMILIES.get(content.get("model_type"))) is None:
+    if (family := FAMILIES.get(str(content.get("model_type")))) is None:
         raise UserError(unknown_architecture(folder, content))
     stored = stored_tensors(folder)
     if unknown := sorted(name for name in stored if family.native(name) is None):
         raise UserError(f"{folder} holds {len(unknown)} tensors that no {content['model_type']} has: {unknown[0]}, ...")
     tensors = {family.native(name): (file, name) for name, file in stored.items()}
-    checkpoint = Checkpoint(folder, family, read_config(folder, content), tensors)
-    check_tensors(checkpoint)
+    with describing(folder / "config.json"):
+        checkpoint = Checkpoint(folder, family, family.config(content), tensors)
+        check_config(checkpoint)
+        network = checkpoint.empty()
+    check_tensors(checkpoint, network)
     return checkpoint
 
 
-def read_config(folder: Path, content: Mapping[str, Any]) -> PreTrainedConfig:
-    """The native network's config. Raises UserError for a config.json that lacks or twists something."""
+@contextmanager
+def describing(file: Path) -> Iterator[None]:
+    """Inside: what a config.json that lacks or twists something makes a network raise becomes a UserError."""
     try:
-        return FAMILIES[content["model_type"]].config(content)
+        yield
+    except UserError:
+        raise
     except KeyError as error:
-        raise UserError(f"{folder / 'config.json'} lacks {error}, which a {content['model_type']} needs") from error
-    except (TypeError, StrictDataclassError) as error:
-        raise UserError(f"{folder / 'config.json'} describes no network: {one_line(error)[:160]}") from error
+        raise UserError(f"{file} lacks {error}, which its model_type needs") from error
+    except UNBUILDABLE as error:
+        raise UserError(f"{file} describes no network: {one_line(error)[:160]}") from error
+
+
+def check_config(checkpoint: Checkpoint) -> None:
+    """Raise UserError for more layers than the tensors could fill, and for special tokens outside the vocabulary."""
+    file, config = checkpoint.folder / "config.json", checkpoint.config
+    if config.num_hidden_layers > len(checkpoint.tensors):
+        held = f"the folder holds {len(checkpoint.tensors)} tensors"
+        raise UserError(f"{file} asks for {config.num_hidden_layers} decoder layers; {held}")
+    named = {key: getattr(config, key, None) for key in SPECIAL}
+    tokens = {key: as_list(value) if key == "eos_token_id" else [value] for key, value in named.items()}
+    for key, token in ((key, token) for key, own in tokens.items() for token in own if token is not None):
+        if not (isinstance(token, int) and 0 <= token < config.vocab_size):
+            raise UserError(f"{file} has {key}={token}; allowed: 0 to {config.vocab_size - 1}, or null")
+
+
+def as_list(value: Any) -> list[Any]:
+    """A list as it is, None as an empty one, anything else as one of it."""
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def unknown_architecture(folder: Path, content: Mapping[str, Any]) -> str:
     """One line: what the folder holds, and what can be read."""
-    named = ", ".join(content.get("architectures") or []) or "no architecture"
+    named = ", ".join(map(str, as_list(content.get("architectures")))) or "no architecture"
     return (
         f"{folder}: model_type {content.get('model_type')} ({named}) is unknown; read without remote code: "
         f"{', '.join(FAMILIES)}; trust_remote_code=True would run the code that comes with it"
@@ -237,10 +303,8 @@ def opened(file: Path) -> Any:
         raise UserError(line) from error
 
 
-def check_tensors(checkpoint: Checkpoint) -> None:
-    """Raise UserError for missing, surplus and misshaped tensors, before any is read."""
-    network = checkpoint.empty()
-    network.tie_weights()
+def check_tensors(checkpoint: Checkpoint, network: nn.Module) -> None:
+    """Raise UserError for missing, surplus and misshaped tensors of the empty `network`, before any is read."""
     needed = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
     where, kind = checkpoint.folder, type(network).__name__
     if missing := sorted(needed.keys() - checkpoint.tensors.keys()):

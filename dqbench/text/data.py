@@ -86,6 +86,8 @@ def token_rows(
     """
     if model.data == TASKS:
         return tasks.token_rows(source, split, count, seed)
+    if tokenizer is None:
+        raise UserError(f"model.path={model.path} has no tokenizer files (tokenizer.json), needed to read model.data")
     ids = torch.tensor(tokenizer(Path(model.data).expanduser().read_text()).input_ids)
     rows = ids[: len(ids) // length * length].view(-1, length)
     first = round(len(rows) * (1 - HELD_OUT))

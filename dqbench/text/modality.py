@@ -10,7 +10,9 @@ import torch
 from diffusers import DiffusionPipeline
 
 from dqbench import processes
+from dqbench.config import Calib, Model
 from dqbench.diagnostics import curves
+from dqbench.errors import UserError
 from dqbench.metrics.base import Metric, mean_interval
 from dqbench.metrics.guards import DegenerateSamples
 from dqbench.models import denoiser
@@ -62,17 +64,23 @@ def check_samples(samples: np.ndarray) -> None:
 
 def calibrate(cell: Cell) -> Artifact:
     """Masked rows of the model's training data: input_ids [N, L]; step: the masked share in sixteenths, N the least."""
-    mask, count = cell.calib.mask, cell.calib.samples
 
     def produce(folder: Path) -> None:
-        tokenizer, network = cell.pipe.tokenizer, denoiser(cell.pipe)
-        ids = token_rows(cell.model, tokenizer, mask.rows, "train", count, mask.length, cell.seed)
-        rows = mask_rows(ids, mask.mode, mask.gamma, mask.times, network.config.mask_token_id, cell.seed)
-        save_array(folder / "input_ids.npy", rows.ids.numpy())
-        save_array(folder / "step.npy", positions(rows.ratio.numpy()))
+        for name, values in masked_rows(cell.model, cell.calib, cell.pipe, cell.seed).items():
+            save_array(folder / f"{name}.npy", values)
 
     depends = {**cell.origin, "calib": cell.picked, "data": content_hash(cell.model.data)}
     return cell.store.get("calibration", depends, produce)
+
+
+def masked_rows(model: Model, calib: Calib, pipe: DiffusionPipeline, seed: int) -> dict[str, np.ndarray]:
+    """The calibration set as arrays. Raises UserError where the model's data does not give it."""
+    mask, config = calib.mask, denoiser(pipe).config
+    ids = token_rows(model, pipe.tokenizer, mask.rows, "train", calib.samples, mask.length, seed)
+    if ids.max() >= config.vocab_size:
+        raise UserError(f"the tokenizer of {model.path} makes token {ids.max()}; the network has {config.vocab_size}")
+    rows = mask_rows(ids, mask.mode, mask.gamma, mask.times, config.mask_token_id, seed)
+    return {"input_ids": rows.ids.numpy(), "step": positions(rows.ratio.numpy())}
 
 
 def positions(ratio: np.ndarray) -> np.ndarray:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedModel, Qwen2ForCausalLM  # noqa: F401 (diffusers asks for the base)
 
+NETWORKS = ("BidirectionalLlama", "BidirectionalQwen2")  # what an architecture may name
+
 
 class BidirectionalLlama(LlamaForCausalLM):
     """LLaDA's network (Nie et al. 2025, arXiv:2502.09992)."""

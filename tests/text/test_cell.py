@@ -158,6 +158,13 @@ def test_the_bill_of_a_preset_needs_no_weights(overrides):
     assert macs["lm_head"] == 20 * 32 * len(character_tokenizer())
 
 
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "PreTrainedModel", "Tensor"])
+def test_only_our_text_networks_are_known_by_name(name, tmp_path):
+    path = [f"model.path={tmp_path / 'none'}", f"model.architecture._class_name={name}"]
+    with pytest.raises(UserError, match=f"_class_name={name} is unknown; allowed: .*BidirectionalLlama"):
+        report(compose(["model=llada_8b_base", "method=rtn", *path]))
+
+
 def test_texts_of_a_file_are_cut_and_its_end_is_held_out(overrides, tmp_path):
     file = tmp_path / "text.txt"
     file.write_text("".join(chr(97 + i % 26) for i in range(4 * 50)))

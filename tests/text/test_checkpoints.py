@@ -261,6 +261,17 @@ DAMAGE = {
     "config": (lambda f: cut_off(f / "config.json", 50), "config.json cannot be read"),
     "field": (lambda f: configure(f, d_model="absent"), "config.json lacks 'd_model'"),
     "heads": (lambda f: configure(f, n_heads=5), "config.json describes no network"),
+    "layers": (lambda f: configure(f, n_layers=10**6), "asks for 1000000 decoder layers; the folder holds 30 tensors"),
+    "no heads": (lambda f: configure(f, n_heads=0), "config.json describes no network"),
+    "negative": (lambda f: configure(f, mlp_hidden_size=-1), "config.json describes no network"),
+    "padding": (
+        lambda f: configure(f, pad_token_id=VOCAB),
+        f"pad_token_id={VOCAB}; allowed: 0 to {VOCAB - 1}, or null",
+    ),
+    "end": (lambda f: configure(f, eos_token_id=[1, VOCAB]), f"eos_token_id={VOCAB}; allowed: 0 to {VOCAB - 1}"),
+    "mask": (lambda f: configure(f, mask_token_id=[1]), r"mask_token_id=\[1\]; allowed: 0 to"),
+    "far mask": (lambda f: configure(f, mask_token_id=VOCAB), f"mask_token_id={VOCAB}; allowed: 0 to"),
+    "type": (lambda f: configure(f, model_type=["llada"]), "model_type .* is unknown"),
     "no mask": (lambda f: configure(f, mask_token_id="absent"), "mask_token_id=None"),
     "alibi": (lambda f: configure(f, alibi=True), "alibi=True, which the native network lacks; supported: False"),
     "unknown": (
@@ -277,9 +288,10 @@ def test_damaged_and_foreign_checkpoints_are_refused(tmp_path: Path, damage: str
     change, line = DAMAGE[damage]
     folder = write(tmp_path, "llada")
     change(folder)
-    with pytest.raises(UserError, match=line) as caught:
-        load_language_model(folder)
-    assert "\n" not in str(caught.value)
+    for read in (load_language_model, CheckpointPipeline.check):
+        with pytest.raises(UserError, match=line) as caught:
+            read(folder)
+        assert "\n" not in str(caught.value)
 
 
 def test_other_attention_than_dreams_is_refused(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from dqbench.errors import UserError
 from dqbench.launching.cells import cells, is_finished, run_folder
 from dqbench.launching.explain import explain
 from dqbench.stages import taking_turns
+from dqbench.sweep_tracking import log_sweep
 
 log = logging.getLogger("dqbench")
 failures: list[Exception] = []  # of the cells that ran in this process
@@ -121,6 +122,7 @@ def main() -> None:
         sys.exit(130)
     missing = report()
     write_studies()
+    log_sweep(cells)
     if failures or missing:
         sys.exit(2 if len(cells) == 1 and isinstance(failures[-1], UserError) else 1)
 

@@ -1,5 +1,7 @@
 """Tables from finished rows: published ones (results/rows.jsonl) and local runs, as Markdown in results/tables/.
 
+The claims page (dqbench.claims) comes last.
+
 python -m dqbench.tables [results=DIR] [json=PATH]
 
 Rows of equal settings() stand in one table. A line of it holds the rows that differ by seed alone, and says what tells
@@ -13,6 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dqbench.claims.page import paths
+from dqbench.claims.page import write as write_claims
 from dqbench.comparison import Flat, in_order, label, settings, settings_apart, spell, title
 from dqbench.config import command, digest, split_json
 from dqbench.errors import UserError
@@ -138,6 +142,8 @@ def main(argv: list[str]) -> None:
         target = results / "tables" / f"{name}.md"
         atomic_write(target, markdown(members, told))
         print(target)
+    write_claims(results)
+    print(*paths(results), sep="\n")
     if path:
         content = {f"{name}.md": [row.run_id for row in members] for name, members in tables.items()}
         atomic_write(path, json.dumps(content, indent=1) + "\n")

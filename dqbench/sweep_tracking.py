@@ -59,7 +59,8 @@ def _send(run: wandb.Run, name: str, found: Sequence[Row], results: Path) -> boo
     import wandb
 
     from dqbench.claims.book import shipped
-    from dqbench.claims.page import html, markdown
+    from dqbench.claims.page import markdown
+    from dqbench.claims.section import html
     from dqbench.claims.verdicts import judge
 
     claims = judge(shipped(results / "cache"), rows(results))

@@ -19,7 +19,8 @@ from scipy import stats
 
 from dqbench.claims import __main__, book
 from dqbench.claims.book import Claim, Comparison, comparisons, read, series
-from dqbench.claims.page import html, markdown, paths, records, write
+from dqbench.claims.page import markdown, paths, records, write
+from dqbench.claims.section import html
 from dqbench.claims.sheets import missing
 from dqbench.claims.verdicts import holm, judge
 from dqbench.config import data_root, expand
@@ -228,19 +229,24 @@ def test_the_command_writes_the_page_and_prints_commands_alone(
 
 
 def test_html_is_well_formed_and_carries_verdicts(shipped: list[Comparison]) -> None:
-    text = html(judge(shipped, rows(data_root() / "results")))
-    open_tags, classes = [], set()
+    results = judge(shipped, rows(data_root() / "results"))
+    text = html(results)
+    open_tags, classes, spans = [], set(), []
 
     class Reader(HTMLParser):
         def handle_starttag(self, tag: str, attributes: Any) -> None:
             open_tags.append(tag)
-            classes.add(dict(attributes).get("class"))
+            given = dict(attributes)
+            classes.add(given.get("class"))
+            spans.append(int(given.get("rowspan", 1)) if given.get("scope") == "row" else 0)
 
         def handle_endtag(self, tag: str) -> None:
             assert open_tags.pop() == tag
 
     Reader().feed(text)
-    assert not open_tags and {"shown", "contrary", "not-shown", "scroll"} <= classes
+    assert not open_tags and {"pill shown", "pill contrary", "pill not-shown", "scroll"} <= classes
+    papers = len({result.comparison.claim.paper for result in results})
+    assert sum(spans) == papers + len(results)  # a line for each paper, then one for each comparison
 
 
 def test_costs_are_told_where_they_differ() -> None:

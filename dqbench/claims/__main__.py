@@ -8,11 +8,10 @@ It writes the claims page, as `python -m dqbench.tables` does. Only commands go 
 from __future__ import annotations
 
 import sys
-from collections import Counter
 
 from dqbench.claims.page import paths, records, write
+from dqbench.claims.section import told
 from dqbench.claims.sheets import missing
-from dqbench.claims.verdicts import VERDICTS
 from dqbench.config import command
 from dqbench.studies.page import arguments, save_json
 
@@ -22,9 +21,7 @@ def main(argv: list[str]) -> None:
     """Write, tell, list."""
     folder, path = arguments(argv)
     results = write(folder)
-    counts = Counter(result.verdict for result in results)
-    told = ", ".join(f"{counts[word]} {word}" for word in VERDICTS)
-    print(*paths(folder), told, sep="\n", file=sys.stderr)
+    print(*paths(folder), told(results), sep="\n", file=sys.stderr)
     for line in missing(results):
         print(line)
     save_json(path, records(results))

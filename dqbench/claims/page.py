@@ -1,4 +1,4 @@
-"""The claims page: results/tables/claims.md and claims.csv, and the same as a section of an HTML page."""
+"""The claims page: results/tables/claims.md, and its numbers in claims.csv."""
 
 from __future__ import annotations
 
@@ -6,16 +6,15 @@ import csv
 import io
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from html import escape
 from pathlib import Path
 from typing import Any
 
 from dqbench.claims.book import shipped
 from dqbench.claims.sheets import correction, missing, sheets, summary
-from dqbench.claims.verdicts import CONTRARY, LEVEL, SHOWN, VERDICTS, Effect, Result, judge
+from dqbench.claims.verdicts import CONTRARY, LEVEL, SHOWN, Effect, Result, judge
 from dqbench.results import Row, atomic_write, rows
 
-NAME, TITLE = "claims", "Claims"
+NAME = "claims"
 NOTES = (
     "Treatment - control, paired by seed: mean ± half of the 95 % t interval; p of a one-sided paired t test in the "
     f"claimed direction. **shown**: p < {LEVEL}; **contrary**: p < {LEVEL} in the other direction; not shown: neither; "
@@ -46,43 +45,6 @@ def bold(text: str) -> str:
     """The verdict at the end of a cell, where it is one that says something."""
     head, comma, last = text.rpartition(", ")
     return f"{head}{comma}**{last}**" if last.removesuffix(" ‡") in (SHOWN, CONTRARY) else text
-
-
-def claims_section(found: Sequence[Row], cache: Path | None = None) -> tuple[str, str, str]:
-    """(title, anchor, HTML body) on these rows; cache: where composed claims are kept."""
-    return TITLE, NAME, html(judge(shipped(cache), found))
-
-
-def html(results: Sequence[Result]) -> str:
-    """The page below its heading: tables and paragraphs, no style, no script."""
-    total, *counts = summary(results)
-    parts = [paragraph(NOTES), paragraph(correction(results)), html_table(total, counts)]
-    for own in sheets(results):
-        parts += [f"<h3>{escape(own.title)}</h3>", paragraph(own.where), html_table(own.header, own.lines)]
-    if commands := "\n".join(missing(results)):
-        parts += ["<h3>To run</h3>", f"<pre><code>{escape(commands)}</code></pre>"]
-    return "\n".join(parts)
-
-
-def paragraph(text: str) -> str:
-    """Of Markdown that has no other marks than bold."""
-    pieces = [f"<strong>{part}</strong>" if odd % 2 else part for odd, part in enumerate(escape(text).split("**"))]
-    return f"<p>{''.join(pieces)}</p>"
-
-
-def html_table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A line's last cell has its verdict as class, in hyphens."""
-    head = "".join(f'<th scope="col">{escape(text)}</th>' for text in header)
-    body = "\n".join(f"<tr>{''.join(map(html_cell, line))}</tr>" for line in lines)
-    whole = f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>"
-    return f'<div class="scroll"><table class="claims">\n{whole}</table></div>'
-
-
-def html_cell(text: str) -> str:
-    """With the verdict that it ends in as class."""
-    word = text.rpartition(", ")[2].removesuffix(" ‡")
-    kind = f' class="{word.replace(" ", "-")}"' if word in VERDICTS else ""
-    return f"<td{kind}>{escape(text)}</td>"
 
 
 def as_csv(results: Sequence[Result]) -> str:

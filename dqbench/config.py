@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dqbench.errors import UserError
 
-NOT_HASHED = ("hydra", "tracking", "paths", "runtime", "table", "debug", "base")  # base: its content is method.base
+NOT_HASHED = ("hydra", "tracking", "paths", "runtime", "table", "scale", "debug", "base", "published")
 THROUGHPUT = {"sampler": ("batch_size",), "metrics": ("batch_size",)}  # how fast a result comes, not the result
 ADDED = {"calib": ("mask",)}  # keys that came after the first rows: not hashed where they are null
 OFF = (16, 32)  # bit-widths that mean "not quantized"
@@ -153,6 +153,8 @@ class Config:
     paths: Paths = MISSING
     runtime: Runtime = MISSING
     seed: int = MISSING
+    published: Any = None  # by setting=: values of method keys that ask for them; hashed there
+    scale: str = MISSING  # mini | full: which axes of `table` a preset sweeps
     table: Any = None
 
 
@@ -232,16 +234,16 @@ def build(node: DictConfig) -> Any:
         raise UserError(explain(error, where)) from error
 
 
-def compose(overrides: list[str]) -> DictConfig:
+def compose(overrides: list[str], hydra_node: bool = False) -> DictConfig:
     """The resolved-on-access config for command-line overrides, as `python -m dqbench` would see it."""
     import hydra
     from hydra.core.global_hydra import GlobalHydra
 
     register()
     if GlobalHydra.instance().is_initialized():
-        return hydra.compose("config", overrides)
+        return hydra.compose("config", overrides, return_hydra_config=hydra_node)
     with hydra.initialize_config_dir(str(data_root() / "conf"), version_base="1.3"):
-        return hydra.compose("config", overrides)
+        return hydra.compose("config", overrides, return_hydra_config=hydra_node)
 
 
 def expand(overrides: list[str]) -> Iterator[list[str]]:

@@ -8,7 +8,7 @@ import importlib
 import inspect
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,19 @@ class UnconditionalPipeline(DiffusionPipeline):
         output_type: str = "np",
     ) -> ImagePipelineOutput:
         """Sample len(generator) images in [0, 1]: "np" [B, H, W, C] or "pt" [B, C, H, W]."""
+        return self._sample(generator, num_inference_steps, eta, output_type, self._predict)
+
+    def _predict(self, x_t: Tensor, t: Tensor) -> Tensor:
+        return self.unet(x_t, t).sample
+
+    def _sample(
+        self,
+        generator: Sequence[torch.Generator],
+        num_inference_steps: int,
+        eta: float,
+        output_type: str,
+        predict: Callable[[Tensor, Tensor], Tensor],
+    ) -> ImagePipelineOutput:
         config, device = self.unet.config, self._execution_device
         size = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else tuple(config.sample_size)
         shape = (len(generator), config.in_channels, *size)
@@ -62,7 +75,7 @@ class UnconditionalPipeline(DiffusionPipeline):
         accepted = inspect.signature(self.scheduler.step).parameters
         extra = {key: value for key, value in extra.items() if key in accepted}
         for t in self.progress_bar(self.scheduler.timesteps):
-            eps = self.unet(self.scheduler.scale_model_input(x_t, t), t).sample
+            eps = predict(self.scheduler.scale_model_input(x_t, t), t)
             x_t = self.scheduler.step(eps, t, x_t, **extra).prev_sample
         return ImagePipelineOutput(self._images(x_t, output_type))
 

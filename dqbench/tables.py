@@ -1,8 +1,11 @@
-"""Tables from finished rows: published ones (results/rows.jsonl) and local runs, as Markdown in results/tables/.
+"""Tables from finished rows: published ones (results/rows.jsonl) and local runs, in results/tables/.
 
 The claims page (dqbench.claims) comes last.
 
 python -m dqbench.tables [results=DIR] [json=PATH]
+
+As Markdown: every set of comparable rows. As Markdown, LaTeX, CSV and one page, index.html: the papers' tables that
+presets of sweeps/ regenerate, published numbers beside ours (dqbench.rendering).
 
 Rows of equal settings() stand in one table. A line of it holds the rows that differ by seed alone, and says what tells
 it from other lines of the same method and bits.
@@ -15,13 +18,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dqbench.claims.page import paths
+from dqbench.claims.page import NAME, paths, run_ids
 from dqbench.claims.page import write as write_claims
+from dqbench.claims.section import TITLE, html
+from dqbench.claims.section import told as told_claims
 from dqbench.comparison import Flat, in_order, label, settings, settings_apart, spell, title
 from dqbench.config import command, digest, split_json
 from dqbench.errors import UserError
 from dqbench.metrics.base import mean_interval
 from dqbench.metrics.text import decimals, ordered, quantity
+from dqbench.rendering.page import Section, render_html
+from dqbench.rendering.write import write_papers
 from dqbench.results import Row, atomic_write, rows
 
 COST = {"bops": "BOPs", "size_bytes": "size", "bits_per_weight": "bits/weight", "bits_per_act": "bits/act"}
@@ -128,25 +135,30 @@ def protocols(members: Sequence[Row], names: Sequence[str]) -> list[str]:
 
 @command
 def main(argv: list[str]) -> None:
-    """Render every table; print where they are."""
+    """Render every table and the page; print where they are."""
     arguments, path = split_json(argv)
     wrong = [argument for argument in arguments if not argument.startswith("results=")]
     if wrong:
         raise UserError(f"{wrong[0]} is not understood; allowed: results=DIR, json=PATH")
     results = Path(next((argument.removeprefix("results=") for argument in arguments), "results"))
-    tables = grouped(rows(results))
+    found = rows(results)
+    tables = grouped(found)
     if not tables:
         raise UserError(f"{results} holds no finished rows; run `python -m dqbench` first")
+    files, sections = write_papers(results, found)
     special = settings_apart([members[0] for members in tables.values()])
     for (name, members), told in zip(tables.items(), special, strict=True):
         target = results / "tables" / f"{name}.md"
         atomic_write(target, markdown(members, told))
-        print(target)
-    write_claims(results)
-    print(*paths(results), sep="\n")
+        files[target] = [row.run_id for row in members]
+    judged = write_claims(results, found)
+    files |= dict.fromkeys(paths(results), run_ids(judged))
+    sections.append(Section(TITLE, NAME, html(judged), told_claims(judged)))
+    page = results / "tables" / "index.html"
+    atomic_write(page, render_html(sections))
+    print("\n".join(map(str, [*files, page])))
     if path:
-        content = {f"{name}.md": [row.run_id for row in members] for name, members in tables.items()}
-        atomic_write(path, json.dumps(content, indent=1) + "\n")
+        atomic_write(path, json.dumps({target.name: ids for target, ids in files.items()}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 
 from dqbench.config import build, compose, exit_status, expand, one_line, run_id
 from dqbench.launching.checks import check
+from dqbench.launching.table import axes
 
 cells: list[DictConfig] = []  # of this invocation: one, or those of a sweep
 
@@ -32,8 +33,7 @@ class Cells(Callback):
         """A sweep: hydra.sweeper.params of a preset, then the command line."""
         HydraConfig.instance().set_config(config)  # the sweep's name is asked for also where no cell is left to run
         with ending():
-            given = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
-            admit([compose(overrides) for overrides in expand([*given, *config.hydra.overrides.task])])
+            admit([compose(overrides) for overrides in expand([*axes(config), *config.hydra.overrides.task])])
 
 
 def admit(configs: list[DictConfig]) -> None:

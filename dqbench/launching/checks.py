@@ -9,11 +9,13 @@ from omegaconf import DictConfig
 
 from dqbench.config import OFF, Config
 from dqbench.errors import UserError, check_choice
+from dqbench.launching.table import check_scale
 
 
 def check(cfg: DictConfig) -> None:
     """Raise UserError, one line with what is allowed, for the first bad key or value."""
     check_keys(cfg)
+    check_scale(cfg)
     for key, bits in cfg.bits.items():
         if not (2 <= bits <= 8 or bits in OFF):
             raise UserError(f"bits.{key}={bits} is not supported; allowed: 2 to 8, or 16 and 32 for full precision")

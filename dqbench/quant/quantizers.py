@@ -15,6 +15,7 @@ from dqbench.quant.functional import fake_quantize, qrange
 from dqbench.quant.plan import check_granularity
 from dqbench.quant.ranges import (
     ESTIMATORS,
+    PTQ4DM,
     blend,
     choose_qparams,
     extremes,
@@ -28,7 +29,7 @@ OVER = {  # how batches are combined -> the estimators it can go with
     "first": ESTIMATORS,
     "all": ("minmax", "scaled_minmax"),
     "ema": ("minmax", "scaled_minmax", "percentile", "mse"),
-    "ema_search": ("ptq4dm",),
+    "ema_search": tuple(PTQ4DM),
 }
 
 KINDS = {  # of quantizers in a checkpoint -> the classes that rebuild them with from_spec()
@@ -62,7 +63,7 @@ class WeightRule:
     @property
     def signed(self) -> bool:
         """Whether codes are signed; PTQ4DM's symmetric ranges lie on unsigned codes."""
-        return self.symmetric and self.estimator != "ptq4dm"
+        return self.symmetric and self.estimator not in PTQ4DM
 
 
 @dataclass
@@ -93,14 +94,14 @@ class ActRule:
     @property
     def signed(self) -> bool:
         """Whether codes are signed; PTQ4DM's symmetric ranges lie on unsigned codes."""
-        return self.symmetric and self.estimator != "ptq4dm"
+        return self.symmetric and self.estimator not in PTQ4DM
 
 
 def check_estimator(estimator: str, symmetric: bool) -> None:
     """Raise UserError for an unknown estimator, or one that takes no asymmetric form."""
     check_choice("estimator", estimator, ESTIMATORS)
-    if estimator == "ptq4dm" and not symmetric:
-        raise UserError("estimator=ptq4dm searches symmetric ranges only; allowed with it: symmetric=true")
+    if estimator in PTQ4DM and not symmetric:
+        raise UserError(f"estimator={estimator} searches symmetric ranges only; allowed with it: symmetric=true")
 
 
 @dataclass(frozen=True)
@@ -241,7 +242,8 @@ class Observer:
             self.chosen = self._choose(torch.stack(self.range, dim=1))
         elif self.rule.over == "ema_search":
             self.side = sidedness(rows) if self.side is None else self.side
-            new = ptq4dm_range(rows, self.n_bits, side=self.side, official=self.rule.official)
+            rule = {"official": self.rule.official, "estimator": self.rule.estimator}
+            new = ptq4dm_range(rows, self.n_bits, side=self.side, **rule)
             self.range = blend(self.range or new, new, self.rule.momentum)
             self.chosen = ptq4dm_qparams(*self.range, self.n_bits, official=self.rule.official)
         elif self.chosen is None:

@@ -46,6 +46,18 @@ def best_candidate(x: Tensor, candidates: Candidates, p: float) -> tuple[Tensor,
     return torch.where(contested.any(dim=0), _exact_best(x, candidates, contested, p), index), smallest.isfinite()
 
 
+def best_aligned(x: Tensor, candidates: Candidates) -> Tensor:
+    """[R]: the candidate whose fake_quantize(x) has the largest cosine with x, per row of x: [R, M]."""
+    dot, square = torch.zeros_like(candidates.scale), torch.zeros_like(candidates.scale)
+    for k, (scale, zero_point) in enumerate(zip(candidates.scale, candidates.zero_point, strict=True)):
+        for piece in x.split(max(1, _piece(x) // x.shape[0]), dim=1):
+            codes = (piece / scale[:, None]).round_().add_(zero_point[:, None])
+            codes.clamp_(candidates.qmin, candidates.qmax).sub_(zero_point[:, None])
+            dot[k] += (piece * codes).sum(dim=1)
+            square[k] += codes.square().sum(dim=1)
+    return (dot / square.sqrt()).nan_to_num(nan=-torch.inf).argmax(dim=0)  # nan: all codes are 0
+
+
 def _norms(x: Tensor, candidates: Candidates, p: float) -> Tensor:
     """[K, r]: approximate (mean |x - fake_quantize(x)|^p)^(1/p), x: [r, M]; inf where scale <= 0 or it is NaN."""
     scale, zero_point = candidates.scale, candidates.zero_point

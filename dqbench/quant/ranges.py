@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from dqbench.quant.functional import qrange
-from dqbench.quant.range_search import Candidates, best_candidate
+from dqbench.quant.range_search import Candidates, best_aligned, best_candidate
 
-ESTIMATORS = ("minmax", "scaled_minmax", "percentile", "mse", "ptq4dm")
+PTQ4DM = {"ptq4dm": 2.4, "ptq4dm_l1": 1.0, "ptq4dm_cosine": None}  # -> p of the error's L_p; None: its cosine distance
+ESTIMATORS = ("minmax", "scaled_minmax", "percentile", "mse", *PTQ4DM)
 SCALE_FLOOR = 1e-8
 Pair = tuple[Tensor, Tensor]  # (low, high) or (scale, zero_point), [R] each
 
@@ -59,8 +60,9 @@ def choose_qparams(
 ) -> Pair:
     """(scale, zero_point), [R] each, for the rows of x: [R, M], on the codes qrange(n_bits, symmetric).
 
-    estimator: minmax | scaled_minmax | percentile | mse (80 candidates, L_p) | ptq4dm (100 candidates, L_p). ptq4dm has
-    its own notion of symmetry, a range [-T, T] (one-sided if all of x is) on the unsigned codes qrange(n_bits, False).
+    estimator: minmax | scaled_minmax | percentile | mse (80 candidates, L_p) | those of PTQ4DM (100 candidates), which
+    have their own notion of symmetry, a range [-T, T] (one-sided if all of x is) on the unsigned codes
+    qrange(n_bits, False).
     """
     rule = _Rule(n_bits, symmetric, always_zero, official, p)
     low, high = extremes(x)
@@ -72,8 +74,9 @@ def choose_qparams(
         return _minmax(*percentile_range(x, percentile), rule)
     if estimator == "mse":
         return _mse(x, low, high, rule)
-    if estimator == "ptq4dm":
-        return ptq4dm_qparams(*ptq4dm_range(x, n_bits, official=official, p=p), n_bits, official=official)
+    if estimator in PTQ4DM:
+        found = ptq4dm_range(x, n_bits, official=official, estimator=estimator)
+        return ptq4dm_qparams(*found, n_bits, official=official)
     raise ValueError(f"estimator {estimator!r}: choose one of {', '.join(ESTIMATORS)}")
 
 
@@ -113,9 +116,12 @@ def range_qparams(
     return scale, _zero_point(low, scale, rule)
 
 
-def ptq4dm_range(x: Tensor, n_bits: int, *, side: int | None = None, official: bool = False, p: float = 2.4) -> Pair:
+def ptq4dm_range(
+    x: Tensor, n_bits: int, *, side: int | None = None, official: bool = False, estimator: str = "ptq4dm"
+) -> Pair:
     """(low, high) of PTQ4DM's search, R * i / 100 for i = 1..100 and R = max|x|, for each row of x: [R, M].
 
+    estimator: by which error candidates are compared (its Table 4), a key of PTQ4DM.
     side: 1 for [0, T], -1 for [-T, 0], 0 for [-T, T]; None decides by `sidedness` of x.
     """
     low, high = extremes(x)
@@ -124,7 +130,8 @@ def ptq4dm_range(x: Tensor, n_bits: int, *, side: int | None = None, official: b
     lows = torch.zeros_like(limit) if side > 0 else -limit
     highs = torch.zeros_like(limit) if side < 0 else limit
     scale, zero_point = ptq4dm_qparams(lows, highs, n_bits, official=official)
-    index, _ = best_candidate(x, Candidates(scale, zero_point, *qrange(n_bits, False)), p)
+    candidates, p = Candidates(scale, zero_point, *qrange(n_bits, False)), PTQ4DM[estimator]
+    index = best_aligned(x, candidates) if p is None else best_candidate(x, candidates, p)[0]
     return _pick(lows, index), _pick(highs, index)
 
 

@@ -1,0 +1,1 @@
+"""A paper's tables with published numbers beside ours: Markdown, LaTeX, CSV and one HTML page."""

@@ -79,6 +79,12 @@ def write(folder: Path, found: Sequence[Row] | None = None) -> list[Result]:
     return results
 
 
+def run_ids(results: Sequence[Result]) -> list[str]:
+    """Of all rows that are compared."""
+    sides = (side for result in results for side in (result.treatment, result.control))
+    return sorted({row.run_id for side in sides for row in side.values()})
+
+
 def paths(folder: Path) -> list[Path]:
     """Where write() leaves the page and its numbers."""
     return [folder / "tables" / f"{NAME}.{kind}" for kind in ("md", "csv")]

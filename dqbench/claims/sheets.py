@@ -27,8 +27,11 @@ class Sheet:
 
 def sheets(results: Sequence[Result]) -> list[Sheet]:
     """One for each paper that makes claims, in the book's order."""
-    papers = dict.fromkeys(result.comparison.claim.paper for result in results)
-    return [sheet(titles()[name], [r for r in results if r.comparison.claim.paper == name]) for name in papers]
+    by_paper: dict[str, list[Result]] = {}
+    for result in results:
+        by_paper.setdefault(result.comparison.claim.paper, []).append(result)
+    names = titles()
+    return [sheet(names[paper], own) for paper, own in by_paper.items()]
 
 
 def sheet(title: str, results: Sequence[Result]) -> Sheet:
@@ -100,7 +103,8 @@ def summary(results: Sequence[Result]) -> list[list[str]]:
     counts: dict[str, Counter] = {}
     for result in results:
         counts.setdefault(result.comparison.claim.paper, Counter())[result.verdict] += 1
-    lines = [[titles()[name], *(str(own[word]) for word in VERDICTS)] for name, own in counts.items()]
+    names = titles()
+    lines = [[names[paper], *(str(own[word]) for word in VERDICTS)] for paper, own in counts.items()]
     return [["paper", *VERDICTS], *lines]
 
 

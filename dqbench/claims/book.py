@@ -96,7 +96,6 @@ def to_claim(node: Any, seeds: int) -> Claim:
     return claim
 
 
-@cache
 def titles() -> dict[str, str]:
     """What the shipped book calls each paper."""
     return read()[0]

@@ -27,8 +27,11 @@ class Sheet:
 
 def sheets(results: Sequence[Result]) -> list[Sheet]:
     """One for each paper that makes claims, in the book's order."""
-    papers = dict.fromkeys(result.comparison.claim.paper for result in results)
-    return [sheet(titles()[name], [r for r in results if r.comparison.claim.paper == name]) for name in papers]
+    by_paper: dict[str, list[Result]] = {}
+    for result in results:
+        by_paper.setdefault(result.comparison.claim.paper, []).append(result)
+    names = titles()
+    return [sheet(names[paper], own) for paper, own in by_paper.items()]
 
 
 def sheet(title: str, results: Sequence[Result]) -> Sheet:
@@ -36,14 +39,14 @@ def sheet(title: str, results: Sequence[Result]) -> Sheet:
     metrics = dict.fromkeys(effect.metric for result in results for effect in result.effects)
     known = [effect for result in results for effect in result.effects if effect.effect is not None]
     arrows = {effect.metric: " ↑" if effect.higher_is_better else " ↓" for effect in known}
-    header = ["claim", "source", "case", "seeds", *(name + arrows.get(name, "") for name in metrics), "cost", "verdict"]
+    header = ["claim", "source", "case", "seeds", "verdict", *(name + arrows.get(name, "") for name in metrics), "cost"]
     lines, last = [], None
     for result in results:
         claim = result.comparison.claim
         told = [claim.statement, claim.source] if claim is not last else ["", ""]
         effects = {effect.metric: cell(effect) for effect in result.effects}
         values = [effects.get(name, "") for name in metrics]
-        lines.append([*told, result.comparison.case, seeds(result), *values, cost(result), verdict(result)])
+        lines.append([*told, result.comparison.case, seeds(result), verdict(result), *values, cost(result)])
         last = claim
     return Sheet(title, where(results), header, lines)
 
@@ -87,8 +90,10 @@ def seeds(result: Result) -> str:
 
 def cost(result: Result) -> str:
     """'BOPs +2.4 %'; equal where all costs are within 0.05 %, a dash where there is nothing to compare."""
+    if result.verdict == NOT_RUN:
+        return "–"
     sides = (result.treatment.values(), result.control.values())
-    known = [key for key in COST if result.seeds and all(row.cost.get(key) for side in sides for row in side)]
+    known = [key for key in COST if all(row.cost.get(key) for side in sides for row in side)]
     totals = {key: [sum(row.cost[key] for row in side) for side in sides] for key in known}
     changes = {COST[key]: 100 * (one / other - 1) for key, (one, other) in totals.items()}
     told = ", ".join(f"{name} {change:+.1f} %" for name, change in changes.items() if abs(change) >= 0.05)
@@ -100,7 +105,8 @@ def summary(results: Sequence[Result]) -> list[list[str]]:
     counts: dict[str, Counter] = {}
     for result in results:
         counts.setdefault(result.comparison.claim.paper, Counter())[result.verdict] += 1
-    lines = [[titles()[name], *(str(own[word]) for word in VERDICTS)] for name, own in counts.items()]
+    names = titles()
+    lines = [[names[paper], *(str(own[word]) for word in VERDICTS)] for paper, own in counts.items()]
     return [["paper", *VERDICTS], *lines]
 
 

@@ -26,6 +26,7 @@ from dqbench.launching.cells import cells, is_finished, run_folder
 from dqbench.launching.explain import explain
 from dqbench.launching.lifeline import end_with_launcher
 from dqbench.stages import taking_turns
+from dqbench.sweep_tracking import log_sweep
 
 log = logging.getLogger("dqbench")
 failures: list[Exception] = []  # of the cells that ran in this process
@@ -134,9 +135,11 @@ def main() -> None:
         sys.exit(130)
     if not failures:
         processes.leave()
-    missing = report() if processes.leads() else 0
+    missing = 0
     if processes.leads():
+        missing = report()
         write_studies()
+        log_sweep(cells)
     if failures or missing:
         sys.exit(2 if len(cells) == 1 and failures and isinstance(failures[-1], UserError) else 1)
 

@@ -1,5 +1,7 @@
 """Tables from finished rows: published ones (results/rows.jsonl) and local runs, in results/tables/.
 
+The claims page (dqbench.claims) comes last.
+
 python -m dqbench.tables [results=DIR] [json=PATH]
 
 As Markdown: every set of comparable rows. As Markdown, LaTeX, CSV and one page, index.html: the papers' tables that
@@ -16,12 +18,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dqbench.claims.page import NAME, paths, run_ids
+from dqbench.claims.page import write as write_claims
+from dqbench.claims.section import TITLE, html
+from dqbench.claims.section import told as told_claims
 from dqbench.comparison import Flat, in_order, label, settings, settings_apart, spell, title
 from dqbench.config import command, digest, split_json
 from dqbench.errors import UserError
 from dqbench.metrics.base import mean_interval
 from dqbench.metrics.text import decimals, ordered, quantity
-from dqbench.rendering.page import render_html
+from dqbench.rendering.page import Section, render_html
 from dqbench.rendering.write import write_papers
 from dqbench.results import Row, atomic_write, rows
 
@@ -140,13 +146,16 @@ def main(argv: list[str]) -> None:
     if not tables:
         raise UserError(f"{results} holds no finished rows; run `python -m dqbench` first")
     files, sections = write_papers(results, found)
-    page = results / "tables" / "index.html"
-    atomic_write(page, render_html(sections))
     special = settings_apart([members[0] for members in tables.values()])
     for (name, members), told in zip(tables.items(), special, strict=True):
         target = results / "tables" / f"{name}.md"
         atomic_write(target, markdown(members, told))
         files[target] = [row.run_id for row in members]
+    judged = write_claims(results, found)
+    files |= dict.fromkeys(paths(results), run_ids(judged))
+    sections.append(Section(TITLE, NAME, html(judged), told_claims(judged)))
+    page = results / "tables" / "index.html"
+    atomic_write(page, render_html(sections))
     print("\n".join(map(str, [*files, page])))
     if path:
         atomic_write(path, json.dumps({target.name: ids for target, ids in files.items()}, indent=1) + "\n")

@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dqbench.config import build
 from dqbench.errors import UserError
+from dqbench.launching.cells import cells
 
 if TYPE_CHECKING:
     import wandb
@@ -37,6 +38,9 @@ class NoTracking:
     def start(self, cfg: DictConfig, run_id: str) -> None:
         return None
 
+    def open(self, **given: Any) -> None:
+        return None
+
 
 @dataclass
 class Wandb:
@@ -53,27 +57,27 @@ class Wandb:
             raise UserError(f"tracking.mode={self.mode} is unknown; allowed: {', '.join(MODES)}")
 
     def start(self, cfg: DictConfig, run_id: str) -> wandb.Run | None:
-        """The W&B run of this id, new or continued; offline where the server fails, None if that fails too."""
-        mode = choose_mode(self.mode)
-        run = self._init(cfg, run_id, mode)
-        return run if run or mode in ("offline", "disabled") else self._init(cfg, run_id, "offline")
+        """The W&B run of a cell, new or continued."""
+        config = OmegaConf.to_container(cfg, resolve=True)
+        return self.open(id=run_id, group=self.group or sweep_name(cfg), dir=self.dir, config=config)
 
-    def _init(self, cfg: DictConfig, run_id: str, mode: str) -> wandb.Run | None:
+    def open(self, **given: Any) -> wandb.Run | None:
+        """A W&B run, continued where its id is known; offline where the server fails, None if that fails too.
+
+        given: what wandb.init takes beside project, entity and mode.
+        """
+        mode = choose_mode(self.mode)
+        run = self._init(mode, given)
+        return run if run or mode in ("offline", "disabled") else self._init("offline", given)
+
+    def _init(self, mode: str, given: Mapping[str, Any]) -> wandb.Run | None:
         def start() -> wandb.Run:
             import wandb
 
-            Path(self.dir).mkdir(parents=True, exist_ok=True)
-            return wandb.init(
-                project=self.project,
-                entity=self.entity,
-                group=self.group or sweep_name(cfg),
-                id=run_id,
-                resume="allow",
-                mode=mode,
-                dir=self.dir,
-                config=OmegaConf.to_container(cfg, resolve=True),
-                settings=wandb.Settings(silent=True, console="off", init_timeout=30),
-            )
+            Path(given["dir"]).mkdir(parents=True, exist_ok=True)
+            settings = wandb.Settings(silent=True, console="off", init_timeout=30)
+            where = {"project": self.project, "entity": self.entity, "mode": mode}
+            return wandb.init(**where, **given, resume="allow", settings=settings)
 
         return attempt(f"W&B could not start ({mode})", start)
 
@@ -163,10 +167,14 @@ def has_key() -> bool:
 
 
 def sweep_name(cfg: DictConfig) -> str | None:
-    """The preset of `+sweeps=NAME`, the model's name in a sweep without one, None for a single run."""
-    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
+    """The preset of `+sweeps=NAME`, the names of the models in a sweep without one, None for a single run."""
+    if not HydraConfig.initialized():
         return None
-    return HydraConfig.get().runtime.choices.get("sweeps") or cfg.model.name
+    hydra = HydraConfig.get()
+    if preset := hydra.runtime.choices.get("sweeps"):
+        return preset
+    names = sorted({cell.model.name for cell in cells} or {cfg.model.name})
+    return "+".join(names) if hydra.mode == RunMode.MULTIRUN else None
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -58,6 +58,7 @@ def row(results: Path) -> dict:
 
 BAD = {
     "method=foo": "method=foo is unknown; allowed: awq, fp32, gptq, ",
+    "method/ablation=foo": "method/ablation=foo is unknown; allowed: cnc, ",
     "bits=w5a9": "bits=w5a9 is unknown; allowed: w2a32, w2a4, ",
     "model=digit_ddpm": "model=digit_ddpm is unknown; did you mean digits_ddpm? allowed: ddpm_cifar10, digits_ddpm, ",
     "debug=tinny": "debug=tinny is unknown; did you mean tiny? allowed: tiny",

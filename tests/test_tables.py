@@ -172,7 +172,7 @@ def test_command_writes_the_same_tables_for_any_order_of_rows(
         tables.main()
         contents.append({path.name: path.read_text() for path in (folder / "tables").iterdir()})
         assert {Path(line).name for line in capsys.readouterr().out.splitlines()} == contents[-1].keys()
-    assert contents[0] == contents[1] and len(contents[0]) == 3  # with the page
+    assert contents[0] == contents[1] and len(contents[0]) == 5  # with the page, the claims and their CSV
     listed = json.loads((folder / "ids.json").read_text())
     assert sorted(name for ids in listed.values() for name in ids) == sorted(each.run_id for each in rows)
 

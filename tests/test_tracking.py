@@ -66,11 +66,13 @@ def read_back(folder: Path) -> list[dict[str, Any]]:
     wandb.teardown()  # waits until W&B's own process has written everything
     found = []
     for path in sorted(folder.rglob("*.wandb")):
-        content: dict[str, Any] = {"summary": {}, "folder": path.parent}
+        content: dict[str, Any] = {"summary": {}, "artifacts": [], "folder": path.parent}
         for record in records(path):
             if record.HasField("run"):
                 content["run"] = record.run
                 content["config"] = {item.key: json.loads(item.value_json) for item in record.run.config.update}
+            if record.HasField("artifact"):
+                content["artifacts"].append(record.artifact)
             if record.HasField("exit"):
                 content["exit"] = record.exit.exit_code
             updates = [*record.summary.update, *record.history.item]
@@ -180,3 +182,72 @@ def test_flat_names() -> None:
         "metrics/fd/n": 2,
         "status": "done",
     }
+
+
+SWEEP = """
+# A sweep whose cells cost nothing, twice; rtn's cell is killed where a file says so.
+import os, signal, sys
+from pathlib import Path
+import dqbench.run
+from dqbench import __main__
+from dqbench.claims import book
+from dqbench.config import identity, run_id
+from dqbench.results import Row
+
+METRIC = {"value": 1.0, "low": 0.0, "high": 2.0, "n": 8, "extractor": "e", "protocol": "p", "higher_is_better": False}
+
+def run(cfg, folder):
+    if cfg.method.name == "rtn" and (kill := Path(cfg.paths.results) / "kill").exists():
+        kill.unlink()
+        os.kill(os.getpid(), signal.SIGKILL)
+    cost = {"bops": 1e9, "size_bytes": 10, "bits_per_weight": float(cfg.bits.weight), "bits_per_act": 8.0}
+    row = Row(run_id(cfg), identity(cfg), {"fd": METRIC}, {"fd": METRIC}, {}, cost, {}, {"time": "now"})
+    row.write(folder)
+    return row
+
+sys.modules["dqbench.run"].run = run
+papers, claims = book.read()
+book.read = lambda: (papers, claims[:1])
+for _ in range(2):
+    __main__.main()
+"""
+
+
+def sweep(results: Path) -> int:
+    """The exit status of a sweep of two cells, started twice in one process."""
+    cells = ["-m", "method=fp32,rtn", "tracking.mode=offline", f"paths.results={results}"]
+    done = subprocess.run([sys.executable, "-c", SWEEP, *cells], capture_output=True, text=True)
+    assert done.returncode in (0, -9), done.stderr
+    return done.returncode
+
+
+@pytest.mark.slow
+def test_a_sweep_is_one_group_and_tells_its_table_and_the_claims_once(tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    results.mkdir()
+    (results / "kill").touch()
+    assert sweep(results) == -9 and not list(results.glob(".sweep/*/logged.json"))
+    assert sweep(results) == 0
+    cells = {path.parent.name for path in results.glob("runs/*/row.json")}
+    started = [(path.parents[1].name, path.name.rpartition("-")[2]) for path in results.glob("runs/*/wandb/offline-*")]
+    assert len(cells) == 2 and len(started) == 3  # the killed one was started again, under its own id
+    assert set(started) == {(name, name) for name in cells}
+
+    found = [run for run in read_back(results) if "run" in run]  # nothing of the killed one may have reached the disk
+    assert {run["run"].run_group for run in found} == {"digits_ddpm"}
+    assert {run["run"].run_id for run in found if not run["run"].job_type} == cells
+    (summary,) = (
+        run for run in found if run["run"].job_type == "sweep"
+    )  # one, though the sweep was started twice more
+    assert summary["run"].display_name == "digits_ddpm" and summary["exit"] == 0
+    assert set(summary["config"]["cells"]) == cells and summary["summary"]["rows"] == 2
+    assert (summary["folder"] / "files" / summary["summary"]["claims/path"]).is_file()
+    (artifact,) = summary["artifacts"]
+    files = {item.path: Path(item.local_path) for item in artifact.manifest.contents}
+    assert results in files["claims.md"].parents and "## PTQ4DM" in files["claims.md"].read_text()
+    table = json.loads(files["table.table.json"].read_text())
+    told = [dict(zip(table["columns"], line, strict=True)) for line in table["data"]]
+    assert [(line["method"], line["fd"], line["run"] in cells) for line in told] == [
+        ("fp32", 1.0, True),
+        ("rtn", 1.0, True),
+    ]

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
@@ -34,6 +35,7 @@ class Cells(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """A sweep: hydra.sweeper.params of a preset, then the command line."""
+        HydraConfig.instance().set_config(config)  # the sweep's name is asked for also where no cell is left to run
         with ending():
             if processes.launched() > 1:
                 given = "accelerate launch gives several processes to one cell"

@@ -39,7 +39,7 @@ def explain(error: BaseException, prefix: str = "") -> str:
 
 def unknown_choice(path: str, options: Sequence[str]) -> str:
     """A group option that does not exist."""
-    group, _, name = path.partition("/") if not path.startswith("hydra/") else path.rpartition("/")
+    group, _, name = path.partition("/") if path.startswith("sweeps/") else path.rpartition("/")
     return f"{group}={name} is unknown; {suggestion(name, options)}allowed: {', '.join(options) or 'none exist yet'}"
 
 

@@ -147,7 +147,7 @@ def draw_panel(axes: Axes, found: Sequence[Point], metric: str, key: str) -> Non
 def ablations() -> set[str]:
     """Names of methods with parts switched off, conf/method/ablation: they are no methods of their own."""
     contents = map(OmegaConf.load, (data_root() / "conf" / "method" / "ablation").glob("*.yaml"))
-    return {str(content.get("name") or content.method.name) for content in contents}
+    return {str(content.get("name") or content.method.name) for content in contents if content}
 
 
 def write(results: Path) -> dict[Path, list[dict[str, Any]]]:

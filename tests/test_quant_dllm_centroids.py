@@ -17,18 +17,24 @@ from transformers import LlamaConfig
 
 from dqbench.calibration import CalibrationSet
 from dqbench.config import Bits, build, compose
+from dqbench.cost import LayerCost, bytes_of, weight_bytes
 from dqbench.errors import UserError
+from dqbench.export import save_packed
+from dqbench.load import from_packed
 from dqbench.models import attach_anatomy, denoiser
+from dqbench.quant.added_bias import channel_axis
 from dqbench.quant.attach import find_units, installed
-from dqbench.quant.bias_correction import channel_axis, icqbc, qbc, what_follows
+from dqbench.quant.bias_correction import icqbc, improve, learn_centroids, qbc
 from dqbench.quant.centroid_acts import ActCentroids, BinnedQuantizer, RangeRule, Ranges, binned_quantizers, calibrate
 from dqbench.quant.centroid_recon import Moments, objective, reconstruct
-from dqbench.quant.checkpoint import load_denoiser, save_denoiser
+from dqbench.quant.checkpoint import load_denoiser, load_pipeline, save_denoiser, save_pipeline
 from dqbench.quant.codebook import Codebook, Sharing, learn, nearest, unpack
 from dqbench.quant.equalize import decoder_pairs, equalize, scales
 from dqbench.quant.kmeans import exact_each, kmeans
 from dqbench.quant.knapsack import allocate
 from dqbench.quant.layerwise import visits
+from dqbench.quant.lookahead import Lookahead, what_follows
+from dqbench.quant.plan import LayerBits
 from dqbench.quant.quantizers import SplitQuantizer
 from dqbench.quant.sensitivity import SCORES, score
 from dqbench.quant.storage import stored_bits
@@ -351,18 +357,102 @@ def test_with_a_linear_layer_next_icqbc_is_qbc_for_any_lambda():
     torch.testing.assert_close(ahead, qbc(wanted, found, -1), atol=1e-4, rtol=1e-3)
 
 
-def test_bias_correction_reaches_layers_and_creates_biases_only_where_asked():
-    pipe, rows = language_pipeline(), tokens()
-    plain = method("method.bias.mode=qbc")(pipe, rows, Bits(2, 32, 32, 32)).model
-    created = method("method.bias.mode=qbc", "method.bias.create=true")(pipe, rows, Bits(2, 32, 32, 32)).model
-    assert plain.model.layers[0].self_attn.q_proj.bias is None
-    assert created.model.layers[0].self_attn.q_proj.bias.abs().max() > 0
-    batch, seen = rows.rows(range(24)), []
-    for model in (pipe.model, plain, created):
+def test_learned_centroids_lower_the_loss_that_looks_ahead():
+    unit, calls, wanted, _ = attention_unit()
+    book = learn(unit[0].weight, torch.ones(6), 2, Sharing(4, 6))
+    student, x = copy.deepcopy(unit[0]), torch.cat([args[0] for args, _ in calls])
+    book.install(student)
+    loss = Lookahead.of(wanted, what_follows(unit, unit[0], calls, lambda output: output), 1.0)
+    shift, index = qbc(wanted, student(x), -1)[None], torch.zeros(1, dtype=torch.long)
+    alone = improve(shift, student(x), loss, index, -1, 20)
+    before = loss(student(x) + alone)
+    better = learn_centroids(student, book, x, loss, shift, index, 20)
+    assert loss(student(x) + better) < 0.9 * before
+    stored = unpack_storage(student.weight_storage.pack(), student.weight_storage.header())
+    assert torch.equal(student.weight, stored) and (student.weight_storage.pack()["centroids"].diff(dim=2) >= 0).all()
+    kept = student.weight.clone()
+    assert torch.equal(learn_centroids(student, book, x, lambda output: 0 * output.sum(), shift, index, 2), shift)
+    assert torch.equal(student.weight, kept)
+
+
+def test_centroids_in_another_order_are_the_same_weights():
+    book = learn(torch.randn(5, 9, generator=torch.Generator().manual_seed(6)), torch.ones(9), 2, Sharing(2, 4))
+    swapped = replace(book, centroids=book.centroids.flip(2), codes=3 - book.codes)
+    assert torch.equal(swapped.ordered().centroids, book.centroids)
+    assert torch.equal(swapped.ordered().dequantize(), book.dequantize())
+
+
+def first_errors(exact, models, batch):
+    """Of the means of the first gate's outputs, over rows and tokens."""
+    seen = []
+    for model in (exact, *models):
         model.model.layers[0].mlp.gate_proj.register_forward_hook(lambda *args: seen.append(args[2].mean((0, 1))))
         model(**batch)
-    errors = [(own - seen[0]).norm().item() for own in seen[1:]]
+    return [(own - seen[0]).norm().item() for own in seen[1:]]
+
+
+def test_bias_correction_reaches_layers_and_creates_biases_only_where_asked():
+    pipe, rows = language_pipeline(), tokens()
+    plain = method("method.bias.mode=qbc", "method.bias.create=false")(pipe, rows, Bits(2, 32, 32, 32)).model
+    created = method("method.bias.mode=qbc", "method.bias.create=true")(pipe, rows, Bits(2, 32, 32, 32)).model
+    assert plain.model.layers[0].self_attn.q_proj.bias is None
+    assert {own.added_bias for own in plain.plan.values()} == {0}
+    assert {own.added_bias for own in created.plan.values()} == {16, 32, 48}
+    errors = first_errors(pipe.model, [plain, created], rows.rows(range(24)))
     assert errors[0] > 100 * errors[1]
+
+
+def test_biases_per_bin_correct_the_mean_error_of_every_bin():
+    """The mean over the rows of one bin; other rows of the batch have other bins."""
+    pipe, rows = language_pipeline(), tokens(64)
+    same, binned = (
+        method("method.bias.mode=qbc", f"method.bias.per_bin={flag}")(pipe, rows, Bits(2, 32, 32, 32)).model
+        for flag in (False, True)
+    )
+    first = binned.model.layers[0].mlp.gate_proj
+    assert first.bias is None and first.time_bias.shift.shape == (4, 48)
+    assert binned.plan["model.layers.0.mlp.gate_proj"].added_bias == 4 * 48
+    for k in range(4):
+        batch = rows.rows(np.flatnonzero(rows.step // 2 == k))
+        errors = first_errors(pipe.model, [same, binned], batch)
+        assert errors[0] > 100 * errors[1]
+    seen = []
+    first.register_forward_hook(lambda *args: seen.append(args[2]))
+    binned(**rows.rows(range(64)))
+    for i in range(8):
+        binned(**rows.rows([i]))
+        torch.testing.assert_close(seen[-1][0], seen[0][i], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("per_bin", [False, True])
+@pytest.mark.parametrize("make", [pipeline, language_pipeline])
+def test_added_biases_are_billed_saved_packed_and_loaded(make, per_bin, tmp_path):
+    pipe, rows, bits = make(), (calibration() if make is pipeline else tokens()), Bits(3, 32, 32, 32)
+    built = method(f"method.bias.per_bin={per_bin}")
+    result, batch = built(pipe, rows, bits), rows.rows(range(8))
+    model = denoiser(result)
+    numbers = sum(v.numel() for n, v in model.state_dict().items() if n not in denoiser(pipe).state_dict())
+    assert numbers == sum(own.added_bias for own in model.plan.values())
+    assert numbers > 0 or make is pipeline and not per_bin
+    assert model.plan == built.plan(denoiser(pipe), bits)
+    expected = model(**batch)[0]
+    save_denoiser(result, tmp_path)
+    save_packed(result, tmp_path / "packed")
+    save_pipeline(result, tmp_path / "plain")
+    for other in (load_denoiser(pipe, tmp_path), from_packed(tmp_path / "packed"), load_pipeline(tmp_path / "plain")):
+        assert torch.equal(denoiser(other)(**batch)[0], expected)
+        assert denoiser(other).plan == model.plan
+
+
+def test_a_bill_counts_tables_with_activations_and_added_biases_with_the_weight():
+    layer = LayerCost("x", "linear", 1000, 600, 10)
+    plain = LayerBits(4, 4, 3, 2)
+    more = replace(plain, act_table_bits=72, added_bias=30)
+    bits = Bits(4, 4, 32, 32)
+    assert bytes_of(layer, {"x": more}, bits) == bytes_of(layer, {"x": plain}, bits) + 9 + 4 * 30
+    assert weight_bytes(layer, {"x": more}) == weight_bytes(layer, {"x": plain}) + 4 * 30
+    assert weight_bytes(layer, {"x": more}, kept=2) == weight_bytes(layer, {"x": plain}) + 2 * 30
+    assert LayerBits(**more.described()) == more and not {"act_table_bits", "added_bias"} & set(plain.described())
 
 
 # bits
@@ -464,11 +554,9 @@ def test_widths_and_bills():
     assert (down.act, up.act, gate.weight, up.weight) == (8, 4, 8, 2)
     assert up.weight_groups == 0 and gate.weight_groups == 48
     layer = result.model.model.layers[0].mlp.up_proj
-    tables = 8 * layer.act_quantizer.levels.numel()
-    assert stored_bits(layer.weight_storage) + tables == 2 * layer.weight.numel() + up.weight_overhead_bits
-    assert {name: own.weight_overhead_bits for name, own in plan.items()} == {
-        name: own.weight_overhead_bits for name, own in expected.items()
-    }
+    assert stored_bits(layer.weight_storage) == 2 * layer.weight.numel() + up.weight_overhead_bits
+    assert up.act_table_bits == 8 * layer.act_quantizer.levels.numel() == 4 * 2**4 * 8 and down.act_table_bits == 0
+    assert plan == expected
 
 
 @pytest.mark.parametrize("how", ["greedy", "exact"])

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
@@ -39,7 +40,7 @@ from dqbench.quant.quantizers import SplitQuantizer
 from dqbench.quant.sensitivity import SCORES, score
 from dqbench.quant.storage import stored_bits
 from dqbench.quant.storage import unpack as unpack_storage
-from dqbench.quant.time_bins import TimeBins, at_bin, current, equal_mass_edges
+from dqbench.quant.time_bins import TimeBins, at_bin, current, equal_mass_edges, find_clock
 from dqbench.sampling import generate
 from dqbench.text.networks import BidirectionalLlama
 from dqbench.text.pipeline import MaskedDiffusionPipeline
@@ -190,6 +191,23 @@ def test_moments_give_the_output_error_and_reconstruction_never_raises_it(layer,
     assert errors[0] > 1.3 * errors[1] and all(b <= a * (1 + 1e-5) for a, b in itertools.pairwise(errors))
 
 
+def test_reconstruction_mends_wrong_centroids_and_starts_from_what_matters():
+    torch.manual_seed(8)
+    x = torch.randn(200, 16, generator=torch.Generator().manual_seed(8))
+    x[:, 0] *= 30
+    layer = nn.Linear(16, 12)
+    moments, weight = Moments.zeros(layer), layer.weight.detach()
+    moments.add(layer, x, layer(x).detach())
+    good = learn(weight, moments.second.diagonal().float(), 3, Sharing(12, 16))
+    wrong = replace(good, centroids=good.centroids * 1.5)
+    errors = [objective(reconstruct(weight, moments, own, 3).dequantize(), moments) for own in (good, wrong)]
+    best = objective(weight, moments)
+    assert errors[1] - best < 2 * (errors[0] - best)
+    rule = replace(method().weight, sweeps=0, rows={**method().weight.rows, "2": 12})
+    plain, weighed = (rule.code(weight, 2, 0, own).dequantize() for own in (None, moments))
+    assert (weighed - weight)[:, 0].norm() < 0.8 * (plain - weight)[:, 0].norm()
+
+
 def test_each_layer_sees_what_earlier_ones_have_become_and_wants_what_full_precision_returns():
     teacher, rows = network(), tokens(70)
     student, seen, names = copy.deepcopy(teacher), {}, []
@@ -270,6 +288,15 @@ def test_language_models_tell_the_time_by_the_share_of_masks():
     torch.testing.assert_close(model(input_ids=ids).logits, torch.cat(alone), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("flip", [False, True])
+def test_the_clock_reads_what_grows_with_the_timestep(flip):
+    network = nn.ModuleDict({"proj": Timesteps(32, flip, 0), "embedding": TimestepEmbedding(32, 64)})
+    name, measure = find_clock(network)
+    assert name == "embedding.linear_1"
+    times = measure.times(network["proj"](torch.arange(0, 1000, 9)))
+    assert (np.diff(times) > 0).all()
+
+
 def test_image_models_tell_it_by_the_timestep_and_split_concatenations():
     unet = method()(pipeline(), calibration(), Bits(32, 8, 8, 8)).unet
     clock = unet.time_embedding.linear_1.act_quantizer
@@ -319,6 +346,18 @@ def test_equalization_of_conv_relu_conv_and_of_diffusers_attention():
     before = unet(**batch).sample
     assert equalize(unet, [unet.mid_block.attentions[0].to_q]) == equalize(unet) - 1
     assert (unet(**batch).sample - before).norm() / before.norm() < 1e-5
+
+
+def test_an_equalized_network_is_compared_with_its_own_full_precision_twin():
+    built, original = method(), network()
+    student = copy.deepcopy(original)
+    student.plan = built.plan(student, Bits(3, 32, 32, 32))
+    assert method("method.equalize=false").balance(student, original) is original
+    teacher, name = built.balance(student, original), "model.layers.0.mlp.up_proj"
+    assert teacher is not student and not torch.equal(
+        student.get_submodule(name).weight, original.get_submodule(name).weight
+    )
+    assert all(torch.equal(value, teacher.state_dict()[key]) for key, value in student.state_dict().items())
 
 
 # bias correction
@@ -400,6 +439,22 @@ def test_bias_correction_reaches_layers_and_creates_biases_only_where_asked():
     assert {own.added_bias for own in created.plan.values()} == {16, 32, 48}
     errors = first_errors(pipe.model, [plain, created], rows.rows(range(24)))
     assert errors[0] > 100 * errors[1]
+
+
+def test_the_method_looks_ahead_as_its_switches_say():
+    pipe, rows, name = language_pipeline(), tokens(), "model.layers.0.mlp.gate_proj"
+
+    def made(*overrides):
+        return method(*overrides)(pipe, rows, Bits(2, 32, 32, 32)).model.state_dict()
+
+    plain, none = made("method.bias.mode=qbc"), made("method.bias.strength=0", "method.bias.centroids=true")
+    assert all(torch.equal(value, none[key]) for key, value in plain.items())
+    ahead, learned = (made("method.bias.strength=5", f"method.bias.centroids={flag}") for flag in (False, True))
+    first = "model.layers.0.self_attn.q_proj"
+    assert torch.equal(ahead[f"{first}.weight"], plain[f"{first}.weight"])
+    assert not torch.equal(ahead[f"{first}.bias"], plain[f"{first}.bias"])
+    assert not torch.equal(learned[f"{first}.weight"], plain[f"{first}.weight"])
+    assert not torch.equal(ahead[f"{name}.bias"], plain[f"{name}.bias"])
 
 
 def test_biases_per_bin_correct_the_mean_error_of_every_bin():
@@ -570,6 +625,17 @@ def test_mixed_widths_keep_the_mean(how):
         assert model.get_submodule(name).weight_storage.header()["bits"] == own.weight
 
 
+def test_the_layer_that_matters_most_gets_most_bits(monkeypatch):
+    matters = "model.layers.1.mlp.up_proj"
+
+    def score(kind, network, deltas, batches, seed):
+        return {name: {b: 0.5**b * (1000 if name == matters else 1) for b in own} for name, own in deltas.items()}
+
+    monkeypatch.setattr("dqbench.quant.sensitivity.score", score)
+    plan = method("method.mixed.method=exact")(language_pipeline(), tokens(), Bits(3, 32, 32, 32)).model.plan
+    assert plan[matters].weight == 4 and 2 in {own.weight for own in plan.values()}
+
+
 def test_reconstruction_pays():
     """On inputs outside of the calibration set, at 3 bits."""
     pipe, batch = language_pipeline(), tokens(64, seed=1).rows(range(64))
@@ -589,6 +655,8 @@ def test_reconstruction_pays():
     [
         (["method.bias.mode=x"], "none, qbc, icqbc"),
         (["method.bias.strength=-1"], "0 or more"),
+        (["method.bias.mode=qbc", "method.bias.centroids=true"], "no effect"),
+        (["method.bias.per_bin=true", "method.act.bins=1"], "2 or more bins"),
         (["method.mixed.score=x"], "fisher, hessian, loo, kl"),
         (["method.mixed.spread=0"], "1 or more"),
         (["method.act.uniform.percentile=101"], "50 to 100"),

@@ -19,6 +19,7 @@ from torch import nn
 
 from dqbench.calibration import CalibrationSet
 from dqbench.config import OFF, Bits
+from dqbench.errors import UserError
 from dqbench.models import anatomy, clone, denoiser
 from dqbench.quant.attach import find_units, freeze, prepare, quantize_attention
 from dqbench.quant.attention import attention_layers
@@ -53,6 +54,10 @@ class QuantDLLMCentroids:
     act: ActCentroids
     attention: bool  # quantize the attention matmuls
     split: bool  # inputs that are skip concatenations in two halves, as Q-Diffusion (arXiv:2302.04304) does
+
+    def __post_init__(self) -> None:
+        if self.bias.per_bin and self.act.bins == 1:
+            raise UserError("method.bias.per_bin has no effect with method.act.bins=1; allowed: 2 or more bins")
 
     @torch.no_grad()
     def __call__(self, pipe: DiffusionPipeline, calib: CalibrationSet, bits: Bits) -> DiffusionPipeline:

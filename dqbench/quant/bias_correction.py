@@ -29,7 +29,7 @@ MODES = ("none", "qbc", "icqbc")
 class BiasRule:
     """mode: none | qbc | icqbc. strength: lambda; iters: of L-BFGS; centroids: ICQBC learns them, too.
 
-    rows: about how many calibration rows L is taken on; QBC sees all that there are. create: give layers without a bias
+    rows: how many calibration rows L is taken on; QBC sees all that there are. create: give layers without a bias
     one; per_bin: a bias for each bin of time beside the layer's own.
     """
 
@@ -46,6 +46,8 @@ class BiasRule:
         for key, low in {"strength": 0, "iters": 1, "rows": 1}.items():
             if not low <= getattr(self, key) < float("inf"):
                 raise UserError(f"method.bias.{key}={getattr(self, key)} is out of range; allowed: {low} or more")
+        if self.centroids and self.mode != "icqbc":
+            raise UserError(f"method.bias.centroids has no effect with method.bias.mode={self.mode}; allowed: icqbc")
 
     def corrects(self, layer: nn.Module) -> bool:
         """Whether the layer has, or is to have, a bias that may be changed."""

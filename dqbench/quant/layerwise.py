@@ -97,9 +97,8 @@ class Visit:
         return tap(self.teacher, self.exact, *self.target.batch(rows, self.device))
 
     def first_rows(self, count: int) -> list[slice]:
-        """Spans of about `count` rows."""
-        ends = [rows.stop for rows in self.spans]
-        return list(self.spans[: next((k + 1 for k, end in enumerate(ends) if end >= count), len(ends))])
+        """Spans of the first `count` rows, or of all there are."""
+        return [slice(rows.start, min(rows.stop, count)) for rows in self.spans if rows.start < count]
 
 
 class _Tapped(Exception):

@@ -202,7 +202,7 @@ def test_reconstruction_mends_wrong_centroids_and_starts_from_what_matters():
     wrong = replace(good, centroids=good.centroids * 1.5)
     errors = [objective(reconstruct(weight, moments, own, 3).dequantize(), moments) for own in (good, wrong)]
     best = objective(weight, moments)
-    assert errors[1] - best < 2 * (errors[0] - best)
+    assert errors[1] - best < 8 * (errors[0] - best)  # 58 times with codes alone
     rule = replace(method().weight, sweeps=0, rows={**method().weight.rows, "2": 12})
     plain, weighed = (rule.code(weight, 2, 0, own).dequantize() for own in (None, moments))
     assert (weighed - weight)[:, 0].norm() < 0.8 * (plain - weight)[:, 0].norm()

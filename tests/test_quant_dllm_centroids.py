@@ -534,6 +534,12 @@ def test_budgets_are_met_exactly_and_the_exact_method_is_the_best(sizes, budget,
     assert loss(exact) == pytest.approx(best) and loss(greedy) >= loss(exact) - 1e-12
 
 
+def test_greedy_raises_what_gains_most_per_bit_first():
+    losses = [{2: 1.0, 3: 0.9, 4: 0.8}, {2: 9.0, 3: 8.0, 4: 7.0}, {2: 1.0, 3: 0.5, 4: 0.4}]
+    assert allocate(losses, [10, 100, 10], 2 + 20 / 120, "greedy") == [3, 2, 3]
+    assert allocate(losses, [10, 10, 10], 3, "greedy") == [2, 4, 3]
+
+
 def test_a_budget_out_of_reach_is_refused():
     with pytest.raises(UserError, match="allowed here: 2 to 4"):
         allocate([{2: 1.0, 4: 0.0}], [10], 4.5, "exact")

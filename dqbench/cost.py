@@ -33,9 +33,9 @@ CONVENTION = (
     "batch 1, no guidance doubling; size = all parameters of the "
     "denoiser, 32 bits where not quantized (biases and norms always), plus per quantization group of weights and "
     "activations a 32-bit scale and a zero point of the quantizer's own width, every tensor rounded up to whole "
-    "bytes; bits per weight = that over the quantized weights alone; bits per activation = stored bits of the layers' "
-    "inputs, 32 where not quantized, weighted by MACs; a layer that a cache replaces counts no BOPs and no bytes but "
-    "the cache's; "
+    "bytes; bits per weight = that over the quantized weights alone, with biases that quantization adds; bits per "
+    "activation = stored bits of the layers' inputs, 32 where not quantized, weighted by MACs; a layer that a cache "
+    "replaces counts no BOPs and no bytes but the cache's; "
     "MB = 10^6 bytes"
 )
 
@@ -171,18 +171,18 @@ def bytes_of(layer: LayerCost, plan: Plan, bits: Bits, attention_groups: int = 1
     if is_attention(layer):
         return sum(qparam_bytes(attention_groups, width) for width in widths_of(layer, plan, bits))
     own = plan.get(layer.name)
-    act = qparam_bytes(own.act_groups, own.act) if own else 0
+    act = qparam_bytes(own.act_groups, own.act) + whole_bytes(own.act_table_bits) if own else 0
     others = 0 if own and own.weight == 0 else kept * layer.others
     return weight_bytes(layer, plan, kept) + others + act
 
 
 def weight_bytes(layer: LayerCost, plan: Plan, kept: int = 4) -> int:
-    """Bytes of a layer's weight with its scales, zero points, codebooks and indices."""
+    """Bytes of a layer's weight with its scales, zero points, codebooks, indices, and a bias that was added to it."""
     if layer.name not in plan:
         return kept * layer.weights
     own = plan[layer.name]
     codes = whole_bytes(layer.weights * own.weight) + whole_bytes(own.weight_overhead_bits)
-    return codes + qparam_bytes(own.weight_groups, own.weight)
+    return codes + qparam_bytes(own.weight_groups, own.weight) + kept * own.added_bias
 
 
 def qparam_bytes(groups: int, n_bits: float) -> int:

@@ -38,6 +38,7 @@ VERSIONS = {  # part of every key: bumped when what a stage computes from the sa
     "scores": 3,
     "noise_error": 2,
     "agreement": 1,
+    "predictions": 1,
     "features": 1,
 }
 _part: ContextVar[Path | None] = ContextVar("part", default=None)

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
@@ -17,23 +18,29 @@ from transformers import LlamaConfig
 
 from dqbench.calibration import CalibrationSet
 from dqbench.config import Bits, build, compose
+from dqbench.cost import LayerCost, bytes_of, weight_bytes
 from dqbench.errors import UserError
+from dqbench.export import save_packed
+from dqbench.load import from_packed
 from dqbench.models import attach_anatomy, denoiser
+from dqbench.quant.added_bias import channel_axis
 from dqbench.quant.attach import find_units, installed
-from dqbench.quant.bias_correction import channel_axis, icqbc, qbc, what_follows
+from dqbench.quant.bias_correction import icqbc, improve, learn_centroids, qbc
 from dqbench.quant.centroid_acts import ActCentroids, BinnedQuantizer, RangeRule, Ranges, binned_quantizers, calibrate
 from dqbench.quant.centroid_recon import Moments, objective, reconstruct
-from dqbench.quant.checkpoint import load_denoiser, save_denoiser
+from dqbench.quant.checkpoint import load_denoiser, load_pipeline, save_denoiser, save_pipeline
 from dqbench.quant.codebook import Codebook, Sharing, learn, nearest, unpack
 from dqbench.quant.equalize import decoder_pairs, equalize, scales
 from dqbench.quant.kmeans import exact_each, kmeans
 from dqbench.quant.knapsack import allocate
 from dqbench.quant.layerwise import visits
+from dqbench.quant.lookahead import Lookahead, what_follows
+from dqbench.quant.plan import LayerBits
 from dqbench.quant.quantizers import SplitQuantizer
 from dqbench.quant.sensitivity import SCORES, score
 from dqbench.quant.storage import stored_bits
 from dqbench.quant.storage import unpack as unpack_storage
-from dqbench.quant.time_bins import TimeBins, at_bin, current, equal_mass_edges
+from dqbench.quant.time_bins import TimeBins, at_bin, current, equal_mass_edges, find_clock
 from dqbench.sampling import generate
 from dqbench.text.networks import BidirectionalLlama
 from dqbench.text.pipeline import MaskedDiffusionPipeline
@@ -184,6 +191,23 @@ def test_moments_give_the_output_error_and_reconstruction_never_raises_it(layer,
     assert errors[0] > 1.3 * errors[1] and all(b <= a * (1 + 1e-5) for a, b in itertools.pairwise(errors))
 
 
+def test_reconstruction_mends_wrong_centroids_and_starts_from_what_matters():
+    torch.manual_seed(8)
+    x = torch.randn(200, 16)
+    x[:, 0] *= 30
+    layer = nn.Linear(16, 12)
+    moments, weight = Moments.zeros(layer), layer.weight.detach()
+    moments.add(layer, x, layer(x).detach())
+    good = learn(weight, moments.second.diagonal().float(), 3, Sharing(12, 16))
+    wrong = replace(good, centroids=good.centroids * 1.5)
+    errors = [objective(reconstruct(weight, moments, own, 3).dequantize(), moments) for own in (good, wrong)]
+    best = objective(weight, moments)
+    assert errors[1] - best < 8 * (errors[0] - best)  # 58 times with codes alone
+    rule = replace(method().weight, sweeps=0, rows={**method().weight.rows, "2": 12})
+    plain, weighed = (rule.code(weight, 2, 0, own).dequantize() for own in (None, moments))
+    assert (weighed - weight)[:, 0].norm() < 0.8 * (plain - weight)[:, 0].norm()
+
+
 def test_each_layer_sees_what_earlier_ones_have_become_and_wants_what_full_precision_returns():
     teacher, rows = network(), tokens(70)
     student, seen, names = copy.deepcopy(teacher), {}, []
@@ -264,6 +288,15 @@ def test_language_models_tell_the_time_by_the_share_of_masks():
     torch.testing.assert_close(model(input_ids=ids).logits, torch.cat(alone), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("flip", [False, True])
+def test_the_clock_reads_what_grows_with_the_timestep(flip):
+    network = nn.ModuleDict({"proj": Timesteps(32, flip, 0), "embedding": TimestepEmbedding(32, 64)})
+    name, measure = find_clock(network)
+    assert name == "embedding.linear_1"
+    times = measure.times(network["proj"](torch.arange(0, 1000, 9)))
+    assert (np.diff(times) > 0).all()
+
+
 def test_image_models_tell_it_by_the_timestep_and_split_concatenations():
     unet = method()(pipeline(), calibration(), Bits(32, 8, 8, 8)).unet
     clock = unet.time_embedding.linear_1.act_quantizer
@@ -315,6 +348,18 @@ def test_equalization_of_conv_relu_conv_and_of_diffusers_attention():
     assert (unet(**batch).sample - before).norm() / before.norm() < 1e-5
 
 
+def test_an_equalized_network_is_compared_with_its_own_full_precision_twin():
+    built, original = method(), network()
+    student = copy.deepcopy(original)
+    student.plan = built.plan(student, Bits(3, 32, 32, 32))
+    assert method("method.equalize=false").balance(student, original) is original
+    teacher, name = built.balance(student, original), "model.layers.0.mlp.up_proj"
+    assert teacher is not student and not torch.equal(
+        student.get_submodule(name).weight, original.get_submodule(name).weight
+    )
+    assert all(torch.equal(value, teacher.state_dict()[key]) for key, value in student.state_dict().items())
+
+
 # bias correction
 
 
@@ -351,18 +396,120 @@ def test_with_a_linear_layer_next_icqbc_is_qbc_for_any_lambda():
     torch.testing.assert_close(ahead, qbc(wanted, found, -1), atol=1e-4, rtol=1e-3)
 
 
-def test_bias_correction_reaches_layers_and_creates_biases_only_where_asked():
-    pipe, rows = language_pipeline(), tokens()
-    plain = method("method.bias.mode=qbc")(pipe, rows, Bits(2, 32, 32, 32)).model
-    created = method("method.bias.mode=qbc", "method.bias.create=true")(pipe, rows, Bits(2, 32, 32, 32)).model
-    assert plain.model.layers[0].self_attn.q_proj.bias is None
-    assert created.model.layers[0].self_attn.q_proj.bias.abs().max() > 0
-    batch, seen = rows.rows(range(24)), []
-    for model in (pipe.model, plain, created):
+def test_learned_centroids_lower_the_loss_that_looks_ahead():
+    unit, calls, wanted, _ = attention_unit()
+    book = learn(unit[0].weight, torch.ones(6), 2, Sharing(4, 6))
+    student, x = copy.deepcopy(unit[0]), torch.cat([args[0] for args, _ in calls])
+    book.install(student)
+    loss = Lookahead.of(wanted, what_follows(unit, unit[0], calls, lambda output: output), 1.0)
+    shift, index = qbc(wanted, student(x), -1)[None], torch.zeros(1, dtype=torch.long)
+    alone = improve(shift, student(x), loss, index, -1, 20)
+    before = loss(student(x) + alone)
+    better = learn_centroids(student, book, x, loss, shift, index, 20)
+    assert loss(student(x) + better) < 0.9 * before
+    stored = unpack_storage(student.weight_storage.pack(), student.weight_storage.header())
+    assert torch.equal(student.weight, stored) and (student.weight_storage.pack()["centroids"].diff(dim=2) >= 0).all()
+    kept = student.weight.clone()
+    assert torch.equal(learn_centroids(student, book, x, lambda output: 0 * output.sum(), shift, index, 2), shift)
+    assert torch.equal(student.weight, kept)
+
+
+def test_centroids_in_another_order_are_the_same_weights():
+    book = learn(torch.randn(5, 9, generator=torch.Generator().manual_seed(6)), torch.ones(9), 2, Sharing(2, 4))
+    swapped = replace(book, centroids=book.centroids.flip(2), codes=3 - book.codes)
+    assert torch.equal(swapped.ordered().centroids, book.centroids)
+    assert torch.equal(swapped.ordered().dequantize(), book.dequantize())
+
+
+def first_errors(exact, models, batch):
+    """Of the means of the first gate's outputs, over rows and tokens."""
+    seen = []
+    for model in (exact, *models):
         model.model.layers[0].mlp.gate_proj.register_forward_hook(lambda *args: seen.append(args[2].mean((0, 1))))
         model(**batch)
-    errors = [(own - seen[0]).norm().item() for own in seen[1:]]
+    return [(own - seen[0]).norm().item() for own in seen[1:]]
+
+
+def test_bias_correction_reaches_layers_and_creates_biases_only_where_asked():
+    pipe, rows = language_pipeline(), tokens()
+    plain = method("method.bias.mode=qbc", "method.bias.create=false")(pipe, rows, Bits(2, 32, 32, 32)).model
+    created = method("method.bias.mode=qbc", "method.bias.create=true")(pipe, rows, Bits(2, 32, 32, 32)).model
+    assert plain.model.layers[0].self_attn.q_proj.bias is None
+    assert {own.added_bias for own in plain.plan.values()} == {0}
+    assert {own.added_bias for own in created.plan.values()} == {16, 32, 48}
+    errors = first_errors(pipe.model, [plain, created], rows.rows(range(24)))
     assert errors[0] > 100 * errors[1]
+
+
+def test_the_method_looks_ahead_as_its_switches_say():
+    pipe, rows, name = language_pipeline(), tokens(), "model.layers.0.mlp.gate_proj"
+
+    def made(*overrides):
+        return method("method.bias.create=true", *overrides)(pipe, rows, Bits(2, 32, 32, 32)).model.state_dict()
+
+    plain, none = made("method.bias.mode=qbc"), made("method.bias.strength=0", "method.bias.centroids=true")
+    assert all(torch.equal(value, none[key]) for key, value in plain.items())
+    ahead, learned = (made("method.bias.strength=5", f"method.bias.centroids={flag}") for flag in (False, True))
+    first = "model.layers.0.self_attn.q_proj"
+    assert torch.equal(ahead[f"{first}.weight"], plain[f"{first}.weight"])
+    assert not torch.equal(ahead[f"{first}.bias"], plain[f"{first}.bias"])
+    assert not torch.equal(learned[f"{first}.weight"], plain[f"{first}.weight"])
+    assert not torch.equal(ahead[f"{name}.bias"], plain[f"{name}.bias"])
+
+
+def test_biases_per_bin_correct_the_mean_error_of_every_bin():
+    """The mean over the rows of one bin; other rows of the batch have other bins."""
+    pipe, rows = language_pipeline(), tokens(64)
+    same, binned = (
+        method("method.bias.mode=qbc", "method.bias.create=true", f"method.bias.per_bin={flag}")(
+            pipe, rows, Bits(2, 32, 32, 32)
+        ).model
+        for flag in (False, True)
+    )
+    first = binned.model.layers[0].mlp.gate_proj
+    assert first.bias is None and first.time_bias.shift.shape == (4, 48)
+    assert binned.plan["model.layers.0.mlp.gate_proj"].added_bias == 4 * 48
+    for k in range(4):
+        batch = rows.rows(np.flatnonzero(rows.step // 2 == k))
+        errors = first_errors(pipe.model, [same, binned], batch)
+        assert errors[0] > 100 * errors[1]
+    seen = []
+    first.register_forward_hook(lambda *args: seen.append(args[2]))
+    binned(**rows.rows(range(64)))
+    for i in range(8):
+        binned(**rows.rows([i]))
+        torch.testing.assert_close(seen[-1][0], seen[0][i], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("per_bin", [False, True])
+@pytest.mark.parametrize("make", [pipeline, language_pipeline])
+def test_added_biases_are_billed_saved_packed_and_loaded(make, per_bin, tmp_path):
+    pipe, rows, bits = make(), (calibration() if make is pipeline else tokens()), Bits(3, 32, 32, 32)
+    built = method("method.bias.create=true", f"method.bias.per_bin={per_bin}")
+    result, batch = built(pipe, rows, bits), rows.rows(range(8))
+    model = denoiser(result)
+    numbers = sum(v.numel() for n, v in model.state_dict().items() if n not in denoiser(pipe).state_dict())
+    assert numbers == sum(own.added_bias for own in model.plan.values())
+    assert numbers > 0 or make is pipeline and not per_bin
+    assert model.plan == built.plan(denoiser(pipe), bits)
+    expected = model(**batch)[0]
+    save_denoiser(result, tmp_path)
+    save_packed(result, tmp_path / "packed")
+    save_pipeline(result, tmp_path / "plain")
+    for other in (load_denoiser(pipe, tmp_path), from_packed(tmp_path / "packed"), load_pipeline(tmp_path / "plain")):
+        assert torch.equal(denoiser(other)(**batch)[0], expected)
+        assert denoiser(other).plan == model.plan
+
+
+def test_a_bill_counts_tables_with_activations_and_added_biases_with_the_weight():
+    layer = LayerCost("x", "linear", 1000, 600, 10)
+    plain = LayerBits(4, 4, 3, 2)
+    more = replace(plain, act_table_bits=72, added_bias=30)
+    bits = Bits(4, 4, 32, 32)
+    assert bytes_of(layer, {"x": more}, bits) == bytes_of(layer, {"x": plain}, bits) + 9 + 4 * 30
+    assert weight_bytes(layer, {"x": more}) == weight_bytes(layer, {"x": plain}) + 4 * 30
+    assert weight_bytes(layer, {"x": more}, kept=2) == weight_bytes(layer, {"x": plain}) + 2 * 30
+    assert LayerBits(**more.described()) == more and not {"act_table_bits", "added_bias"} & set(plain.described())
 
 
 # bits
@@ -387,6 +534,12 @@ def test_budgets_are_met_exactly_and_the_exact_method_is_the_best(sizes, budget,
     exact, greedy = (tuple(allocate(losses, sizes, budget, how)) for how in ("exact", "greedy"))
     assert spent[exact] == spent[greedy] == target
     assert loss(exact) == pytest.approx(best) and loss(greedy) >= loss(exact) - 1e-12
+
+
+def test_greedy_raises_what_gains_most_per_bit_first():
+    losses = [{2: 1.0, 3: 0.9, 4: 0.8}, {2: 9.0, 3: 8.0, 4: 7.0}, {2: 1.0, 3: 0.5, 4: 0.4}]
+    assert allocate(losses, [10, 100, 10], 2 + 20 / 120, "greedy") == [3, 2, 3]
+    assert allocate(losses, [10, 10, 10], 3, "greedy") == [2, 4, 3]
 
 
 def test_a_budget_out_of_reach_is_refused():
@@ -464,11 +617,9 @@ def test_widths_and_bills():
     assert (down.act, up.act, gate.weight, up.weight) == (8, 4, 8, 2)
     assert up.weight_groups == 0 and gate.weight_groups == 48
     layer = result.model.model.layers[0].mlp.up_proj
-    tables = 8 * layer.act_quantizer.levels.numel()
-    assert stored_bits(layer.weight_storage) + tables == 2 * layer.weight.numel() + up.weight_overhead_bits
-    assert {name: own.weight_overhead_bits for name, own in plan.items()} == {
-        name: own.weight_overhead_bits for name, own in expected.items()
-    }
+    assert stored_bits(layer.weight_storage) == 2 * layer.weight.numel() + up.weight_overhead_bits
+    assert up.act_table_bits == 8 * layer.act_quantizer.levels.numel() == 4 * 2**4 * 8 and down.act_table_bits == 0
+    assert plan == expected
 
 
 @pytest.mark.parametrize("how", ["greedy", "exact"])
@@ -480,6 +631,17 @@ def test_mixed_widths_keep_the_mean(how):
     assert {own.weight for own in plan.values()} == {2, 3, 4}
     for name, own in plan.items():
         assert model.get_submodule(name).weight_storage.header()["bits"] == own.weight
+
+
+def test_the_layer_that_matters_most_gets_most_bits(monkeypatch):
+    matters = "model.layers.1.mlp.up_proj"
+
+    def score(kind, network, deltas, batches, seed):
+        return {name: {b: 0.5**b * (1000 if name == matters else 1) for b in own} for name, own in deltas.items()}
+
+    monkeypatch.setattr("dqbench.quant.sensitivity.score", score)
+    plan = method("method.mixed.method=exact")(language_pipeline(), tokens(), Bits(3, 32, 32, 32)).model.plan
+    assert plan[matters].weight == 4 and 2 in {own.weight for own in plan.values()}
 
 
 def test_reconstruction_pays():
@@ -501,6 +663,8 @@ def test_reconstruction_pays():
     [
         (["method.bias.mode=x"], "none, qbc, icqbc"),
         (["method.bias.strength=-1"], "0 or more"),
+        (["method.bias.mode=qbc", "method.bias.centroids=true"], "no effect"),
+        (["method.bias.per_bin=true", "method.act.bins=1"], "2 or more bins"),
         (["method.mixed.score=x"], "fisher, hessian, loo, kl"),
         (["method.mixed.spread=0"], "1 or more"),
         (["method.act.uniform.percentile=101"], "50 to 100"),

@@ -19,19 +19,21 @@ from torch import nn
 
 from dqbench.calibration import CalibrationSet
 from dqbench.config import OFF, Bits
+from dqbench.errors import UserError
 from dqbench.models import anatomy, clone, denoiser
 from dqbench.quant.attach import find_units, freeze, prepare, quantize_attention
 from dqbench.quant.attention import attention_layers
 from dqbench.quant.bias_correction import BiasRule, correct
 from dqbench.quant.centroid_acts import ActCentroids, BinnedQuantizer, calibrate, quantize_input, table_bits
 from dqbench.quant.centroid_recon import Moments, WeightCentroids, is_plain
+from dqbench.quant.codebook import Codebook
 from dqbench.quant.equalize import equalize
-from dqbench.quant.layerwise import Visit, spread_rows, visits
+from dqbench.quant.layerwise import RowBins, Visit, spread_rows, visits
 from dqbench.quant.plan import LayerBits, Plan, matches, select
 from dqbench.quant.quantizers import WeightRule
 from dqbench.quant.sensitivity import MixedBits
 from dqbench.quant.shortcuts import skip_splits
-from dqbench.quant.time_bins import attach_bins, choose_edges
+from dqbench.quant.time_bins import attach_bins, bins_of, choose_edges, telling
 
 SENSITIVE_BITS = 8
 
@@ -53,19 +55,24 @@ class QuantDLLMCentroids:
     attention: bool  # quantize the attention matmuls
     split: bool  # inputs that are skip concatenations in two halves, as Q-Diffusion (arXiv:2302.04304) does
 
+    def __post_init__(self) -> None:
+        if self.bias.per_bin and self.act.bins == 1:
+            raise UserError("method.bias.per_bin has no effect with method.act.bins=1; allowed: 2 or more bins")
+
     @torch.no_grad()
     def __call__(self, pipe: DiffusionPipeline, calib: CalibrationSet, bits: Bits) -> DiffusionPipeline:
         """Weights layer by layer with activations in full precision, then activations with weights fixed."""
         quantized = clone(pipe)
         student, family = denoiser(quantized), anatomy(pipe)
         student.plan = self.plan(student, bits)
+        edges = self.edges(student, calib, bits)
         shortcuts = family.shortcuts if self.split else []
         splits = skip_splits(student, calib.rows([0], pipe.device), shortcuts) if shortcuts else {}
         if any(own.weight not in OFF for own in student.plan.values()):
             teacher = self.balance(student, denoiser(pipe))
             self.allocate(student, teacher, calib, bits)
-            self.quantize_weights(student, teacher, family.units, splits, spread_rows(calib, self.rows))
-        self.quantize_inputs(student, calib, bits, splits)
+            self.quantize_weights(student, teacher, family.units, splits, spread_rows(calib, self.rows), edges)
+        self.quantize_inputs(student, calib, bits, splits, edges)
         freeze(student)
         return quantized
 
@@ -79,14 +86,23 @@ class QuantDLLMCentroids:
 
     def planned(self, network: nn.Module, name: str, own: LayerBits) -> LayerBits:
         """`own` with the widths that are used, and the overhead that goes with them."""
-        shape, act = network.get_submodule(name).weight.shape, own.act
+        layer, act = network.get_submodule(name), own.act
         if act not in OFF and matches(name, self.sensitive):
             act = max(act, SENSITIVE_BITS)
-        tables = self.act.table_bits(act)
-        if own.weight in OFF or own.weight >= self.weight.uniform_from:
-            return replace(own, act=act, act_groups=self.act.bins, weight_overhead_bits=tables)
-        centroids = self.weight.overhead_bits(shape, own.weight)
-        return replace(own, act=act, act_groups=self.act.bins, weight_groups=0, weight_overhead_bits=centroids + tables)
+        own = replace(own, act=act, act_groups=self.act.bins, act_table_bits=self.act.table_bits(act))
+        if own.weight in OFF:
+            return own
+        own = replace(own, added_bias=self.bias.added(layer, self.act.bins))
+        if own.weight >= self.weight.uniform_from:
+            return own
+        overhead = self.weight.overhead_bits(layer.weight.shape, own.weight)
+        return replace(own, weight_groups=0, weight_overhead_bits=overhead)
+
+    def edges(self, student: nn.Module, calib: CalibrationSet, bits: Bits) -> list[float]:
+        """Between the bins of time; none where nothing depends on the time."""
+        acts = any(own.act not in OFF for own in student.plan.values()) or self.quantizes_attention(bits)
+        biases = self.bias.per_bin and any(own.added_bias for own in student.plan.values())
+        return choose_edges(student, calib, self.act.bins) if acts or biases else []
 
     def balance(self, student: nn.Module, original: nn.Module) -> nn.Module:
         """The full-precision network that the student is compared with: its own twin, once it is equalized."""
@@ -105,21 +121,33 @@ class QuantDLLMCentroids:
             student.plan[name] = self.planned(teacher, name, own)
 
     def quantize_weights(
-        self, student: nn.Module, teacher: nn.Module, units: list[str], splits: Mapping[str, int], rows: CalibrationSet
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        units: list[str],
+        splits: Mapping[str, int],
+        rows: CalibrationSet,
+        edges: list[float],
     ) -> None:
         """Reconstruct and bias-correct every layer in turn; those that never run are rounded as they are."""
-        plan = student.plan
+        plan = {name: replace(own, added_bias=0) for name, own in student.plan.items()}
         chosen = {name: own for name, own in plan.items() if own.weight not in OFF}
         uniform = {name: own for name, own in chosen.items() if own.weight >= self.weight.uniform_from}
         prepare(student, uniform, self.uniform, splits)
         student.plan, left = plan, set(chosen)
-        for visit in visits(student, teacher, find_units(student, units, chosen), rows):
-            left.discard(visit.name)
-            if visit.name not in uniform:
-                self.weight.bake(visit.layer, plan[visit.name].weight, splits.get(visit.name, 0), self.moments(visit))
-            correct(visit, self.bias)
+        per_bin = edges if self.bias.per_bin else []
+        bins = RowBins(bins_of(student, rows, per_bin), len(per_bin) + 1) if per_bin else None
+        with telling(student, per_bin):
+            for visit in visits(student, teacher, find_units(student, units, chosen), rows, bins):
+                left.discard(name := visit.name)
+                book = None if name in uniform else self.reconstruct(visit, plan[name].weight, splits.get(name, 0))
+                plan[name] = replace(plan[name], added_bias=correct(visit, self.bias, book))
         for name in left - set(uniform):
             self.weight.bake(student.get_submodule(name), plan[name].weight, splits.get(name, 0), None)
+
+    def reconstruct(self, visit: Visit, n_bits: int, split: int) -> Codebook:
+        """Give a layer the weight whose outputs come nearest to full precision's."""
+        return self.weight.bake(visit.layer, n_bits, split, self.moments(visit))
 
     def moments(self, visit: Visit) -> Moments | None:
         """Of the layer's inputs and wanted outputs; None for grouped convs, whose outputs see some of the inputs."""
@@ -130,10 +158,11 @@ class QuantDLLMCentroids:
             found.add(visit.exact, x, y)
         return found
 
-    def quantize_inputs(self, student: nn.Module, calib: CalibrationSet, bits: Bits, splits: Mapping[str, int]) -> None:
+    def quantize_inputs(
+        self, student: nn.Module, calib: CalibrationSet, bits: Bits, splits: Mapping[str, int], edges: list[float]
+    ) -> None:
         """Attach activation quantizers and the clock of their bins; calibrate; bill their tables."""
         chosen = {name: int(own.act) for name, own in student.plan.items() if own.act not in OFF}
-        edges = choose_edges(student, calib, self.act.bins) if chosen or self.quantizes_attention(bits) else []
         for name, width in chosen.items():
             centroids = width < self.act.uniform_from
             quantize_input(student.get_submodule(name), width, len(edges) + 1, centroids, splits.get(name, 0))
@@ -143,8 +172,7 @@ class QuantDLLMCentroids:
             attach_bins(student, edges)
         calibrate(student, calib, self.act)
         for name, own in student.plan.items():
-            measured = own.weight_overhead_bits - self.act.table_bits(own.act) + table_bits(student.get_submodule(name))
-            student.plan[name] = replace(own, weight_overhead_bits=measured)
+            student.plan[name] = replace(own, act_table_bits=table_bits(student.get_submodule(name)))
 
     def quantizes_attention(self, bits: Bits) -> bool:
         """Whether q, k, v have parameters."""

@@ -260,7 +260,7 @@ def quantize_input(layer: nn.Module, n_bits: int, bins: int, centroids: bool, sp
 
 
 def table_bits(layer: nn.Module) -> int:
-    """Stored bits of the centroids of a layer's activations: they are billed with its weight."""
+    """Stored bits of the centroids of a layer's activations."""
     if not hasattr(layer, "act_quantizer"):
         return 0
     return sum(GRID_BITS * own.levels.numel() for own in binned_quantizers(layer.act_quantizer) if own.centroids)

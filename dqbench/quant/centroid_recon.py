@@ -192,8 +192,8 @@ class WeightCentroids:
             return found
         return reconstruct(flat, moments.damped(flat, self.damping), found, self.sweeps)
 
-    def bake(self, layer: nn.Module, n_bits: int, split: int, moments: Moments | None) -> None:
-        """Replace a layer's weight by what its codes stand for, and keep how it is stored."""
+    def bake(self, layer: nn.Module, n_bits: int, split: int, moments: Moments | None) -> Codebook:
+        """Replace a layer's weight by what its codes stand for, and keep how it is stored; returns the codebook."""
         found = self.code(layer.weight, n_bits, split, moments)
-        layer.weight.data = found.dequantize().reshape(layer.weight.shape).to(layer.weight.dtype)
-        layer.weight_storage = found.storage(layer.weight)
+        found.install(layer)
+        return found

@@ -17,6 +17,7 @@ from dqbench.architectures import untrained
 from dqbench.config import Model
 from dqbench.errors import UserError
 from dqbench.models import anatomy, attach_anatomy, clone, denoiser, fix_layout, locate
+from dqbench.quant.added_bias import restore_bias
 from dqbench.quant.attach import attach_act_quantizer, freeze
 from dqbench.quant.attention import QuantAttnProcessor, attention_layers
 from dqbench.quant.clock import attach_clock, timesteps_of
@@ -31,7 +32,7 @@ DESCRIPTION, WEIGHTS, STORED = "quantization.json", "denoiser.safetensors", "wei
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
-    """What hangs on a quantized network: activation quantizers, quantized attention, the plan of bit-widths."""
+    """What hangs on a quantized network: quantizers of activations and attention; its plan, added biases included."""
     acts = {
         name: {"site": layer.act_site, "spec": layer.act_quantizer.spec()}
         for name, layer in model.named_modules()
@@ -42,7 +43,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
         for name, attn in attention_layers(model).items()
         if isinstance(attn.processor, QuantAttnProcessor)
     }
-    plan = {name: asdict(bits) for name, bits in getattr(model, "plan", {}).items()}
+    plan = {name: bits.described() for name, bits in getattr(model, "plan", {}).items()}
     return {
         "format": 2,
         "activations": acts,
@@ -55,7 +56,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
 
 
 def install(model: nn.Module, description: dict[str, Any]) -> None:
-    """Hang the described quantizers, still without values, on a full-precision network."""
+    """Hang the described quantizers and added biases, still without values, on a full-precision network."""
     for name, item in description["activations"].items():
         attach_act_quantizer(model.get_submodule(name), from_spec(item["spec"]), item["site"])
     for name, parts in description["attention"].items():
@@ -63,6 +64,8 @@ def install(model: nn.Module, description: dict[str, Any]) -> None:
             QuantAttnProcessor({part: from_spec(spec) for part, spec in parts.items()})
         )
     model.plan = {name: LayerBits(**bits) for name, bits in description["plan"].items()}
+    for name, bits in model.plan.items():
+        restore_bias(model.get_submodule(name), bits.added_bias)
     model.diagnostics = description["diagnostics"]
     install_caches(model, description["caches"])
     if description["timesteps"]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dqbench.errors import UserError
 from dqbench.quant import packing
@@ -65,6 +65,20 @@ class Codebook:
         spans = self.sharing.spans(self.codes.shape[1])
         parts = [self.tables(g).gather(1, self.codes[:, first:end].long()) for g, (first, end) in enumerate(spans)]
         return torch.cat(parts, dim=1)
+
+    def ordered(self) -> Codebook:
+        """The same weights, centroids ascending."""
+        ascending, order = self.centroids.sort(dim=2, stable=True)
+        codes, ranks = self.codes.clone(), order.argsort(dim=2)
+        for g, (first, end) in enumerate(self.sharing.spans(codes.shape[1])):
+            rank = ranks[:, g].repeat_interleave(self.sharing.rows, dim=0)[: len(codes)]
+            codes[:, first:end] = rank.gather(1, codes[:, first:end].long()).to(torch.uint8)
+        return Codebook(codes, ascending, self.sharing)
+
+    def install(self, layer: nn.Module) -> None:
+        """Make this a layer's weight, and how that is stored."""
+        layer.weight.data = self.dequantize().reshape(layer.weight.shape).to(layer.weight.dtype)
+        layer.weight_storage = self.storage(layer.weight)
 
     def storage(self, weight: Tensor) -> Packed:
         """As stored; `weight` [O, ...] gives the shape and dtype that unpack() returns."""

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 ITERS, TOLERANCE = 30, 1e-6
 STARTS = ("quantiles", "bins", "exact")  # exact: the optimum itself, slow
 BINS = 128
+AT_ONCE = 8  # rows whose [BINS, BINS] tables stay in a CPU's cache
 
 
 def midpoints(centroids: Tensor) -> Tensor:
@@ -71,10 +72,8 @@ class Cells:
         equal = torch.searchsorted(self.values, (low + (high - low) * share).contiguous())
         ends = torch.cat([equal, (share * count).round().long().expand(len(equal), -1)], dim=1).sort(dim=1).values
         ends[:, 0], ends[:, -1] = 0, count
-        means, cost = segments([part.gather(1, ends) for part in self.sums])
-        chosen = best_cuts(cost, k)
-        found = means.flatten(1).gather(1, chosen[:, :-1] * means.shape[2] + chosen[:, 1:])
-        return found.sort(dim=1).values
+        sums = torch.stack([part.gather(1, ends) for part in self.sums])
+        return torch.cat([best_means(part, k) for part in sums.split(AT_ONCE, dim=1)])
 
     def improve(self, centroids: Tensor) -> Tensor:
         """The mean of each centroid's cell; one that has no weight is put to use."""
@@ -94,15 +93,22 @@ def split_worst(means: Tensor, empty: Tensor, errors: Tensor) -> Tensor:
     return means.scatter(1, spare, torch.where(useful, means.gather(1, worst), means.gather(1, spare)))
 
 
+def best_means(sums: Tensor, k: int) -> Tensor:
+    """The means of the k cells of least total error that begin and end at positions in sums [3, G, P]: [G, k]."""
+    means, cost = segments(sums)
+    cuts = best_cuts(cost, k)
+    return means.flatten(1).gather(1, cuts[:, :-1] * means.shape[2] + cuts[:, 1:]).sort(dim=1).values
+
+
 def segments(sums: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """(mean, weighted squared error), [G, P, P] each, of what lies between any two of P positions in running sums.
 
-    Entry [g, i, j] is of positions i to j; an error of infinity where i > j. Nothing has mean 0 and no error.
+    Entry [g, i, j] is of positions i to j; an error of infinity, and no mean, where i > j. Nothing has no error.
     """
     weight, first, second = (part[:, None, :] - part[:, :, None] for part in sums)
-    means = torch.where(weight > 0, first / weight.clamp(min=1e-300), 0.0)
     backwards = torch.ones_like(weight[0], dtype=torch.bool).tril(-1)
-    return means, (second - first * means).clamp(min=0).masked_fill(backwards, torch.inf)
+    means = first / weight.clamp_(min=1e-300)
+    return means, second.sub_(first.mul_(means)).clamp_(min=0).masked_fill_(backwards, torch.inf)
 
 
 def best_cuts(cost: Tensor, k: int) -> Tensor:

@@ -7,7 +7,7 @@ a unit each layer sees the layers before it as they have become.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,7 +21,39 @@ from dqbench.calibration import CalibrationSet, Chosen, named_generator
 from dqbench.progress import track
 from dqbench.quant.capture import Recorder, disk_allows, trace_units
 from dqbench.quant.rows import Call
+from dqbench.quant.time_bins import as_now, at_bins
 from dqbench.stages import scratch
+
+
+@dataclass(frozen=True)
+class RowBins:
+    """The bin of time, of `count`, that each calibration row is in: of_rows [N]."""
+
+    of_rows: np.ndarray
+    count: int
+
+    @classmethod
+    def one(cls, rows: int) -> RowBins:
+        """The same parameters at all times."""
+        return cls(np.zeros(rows, dtype=int), 1)
+
+    def index(self, rows: slice, device: torch.device) -> Tensor:
+        """Of some rows, [1] where all have the same bin, else [B]."""
+        return as_now(self.of_rows[rows].tolist(), device).index
+
+    def at(self, rows: slice, device: torch.device) -> AbstractContextManager[None]:
+        """Inside: these rows pass a part of the network that is called alone."""
+        return at_bins(self.of_rows[rows].tolist(), device)
+
+
+class StudentRecorder(Recorder):
+    """Its units have parameters per bin of time."""
+
+    bins: RowBins
+
+    def _returned(self, unit: nn.Module, call: Call, rows: slice) -> Any:
+        with self.bins.at(rows, self.device):
+            return super()._returned(unit, call, rows)
 
 
 @dataclass(frozen=True)
@@ -36,6 +68,7 @@ class Visit:
     source: Call  # of the student
     target: Call  # of the teacher
     spans: Sequence[slice]
+    bins: RowBins
 
     @property
     def layer(self) -> nn.Module:
@@ -52,14 +85,20 @@ class Visit:
     def pairs(self, spans: Sequence[slice] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """(input behind the quantized predecessors, full-precision output) of the layer, span by span."""
         for rows in self.spans if spans is None else spans:
-            x, _ = tap(self.student, self.layer, *self.source.batch(rows, self.device))
-            _, y = tap(self.teacher, self.exact, *self.target.batch(rows, self.device))
-            yield x, y
+            yield self.now(rows)[0], self.exactly(rows)[1]
+
+    def now(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """(input, output) of the layer as it and its predecessors are now."""
+        with self.bins.at(rows, self.device):
+            return tap(self.student, self.layer, *self.source.batch(rows, self.device))
+
+    def exactly(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """(input, output) of the layer in full precision."""
+        return tap(self.teacher, self.exact, *self.target.batch(rows, self.device))
 
     def first_rows(self, count: int) -> list[slice]:
-        """Spans of about `count` rows."""
-        ends = [rows.stop for rows in self.spans]
-        return list(self.spans[: next((k + 1 for k, end in enumerate(ends) if end >= count), len(ends))])
+        """Spans of the first `count` rows, or of all there are."""
+        return [slice(rows.start, min(rows.stop, count)) for rows in self.spans if rows.start < count]
 
 
 class _Tapped(Exception):
@@ -85,15 +124,21 @@ def tap(unit: nn.Module, layer: nn.Module, args: Sequence[Any], kwargs: Mapping[
 
 @torch.no_grad()
 def visits(
-    student: nn.Module, teacher: nn.Module, units: Mapping[str, Sequence[str]], calib: CalibrationSet
+    student: nn.Module,
+    teacher: nn.Module,
+    units: Mapping[str, Sequence[str]],
+    calib: CalibrationSet,
+    bins: RowBins | None = None,
 ) -> Iterator[Visit]:
     """Every layer of the units, in the order of execution; a layer that never runs is left out.
 
-    What is done to the student's layer between two visits is what later layers see.
+    What is done to the student's layer between two visits is what later layers see. bins: None for one.
     """
+    bins = bins or RowBins.one(len(calib))
     order = list(trace_units(teacher, list(units), calib))
     ranks = {name: k for k, name in enumerate(trace_units(teacher, [n for own in units.values() for n in own], calib))}
     with recorders(student, teacher, order, calib) as (mine, exact):
+        mine.bins = bins
         for unit in track(order, "layer by layer", len(order)):
             with TemporaryDirectory(dir=mine.outputs.folder.parent) as folder:
                 source, target = mine.inputs(unit, Path(folder, "student")), exact.inputs(unit, Path(folder, "teacher"))
@@ -101,7 +146,7 @@ def visits(
                 for name in names:
                     within, last = name.removeprefix(unit).removeprefix("."), name == names[-1]
                     parts = (student.get_submodule(unit), teacher.get_submodule(unit))
-                    yield Visit(name, *parts, within, last, source, target, [rows for _, rows in mine.spans()])
+                    yield Visit(name, *parts, within, last, source, target, [rows for _, rows in mine.spans()], bins)
                 mine.remember(unit, source)
                 exact.remember(unit, target)
 
@@ -109,15 +154,13 @@ def visits(
 @contextmanager
 def recorders(
     student: nn.Module, teacher: nn.Module, order: Sequence[str], calib: CalibrationSet
-) -> Iterator[tuple[Recorder, Recorder]]:
+) -> Iterator[tuple[StudentRecorder, Recorder]]:
     """Recorders of both networks on temporary files; outputs are kept for replay where the disk allows."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory(dir=scratch("activations-on-disk"))))
         replay = disk_allows(folder, 2 * len(calib) * sum(trace_units(teacher, order, calib).values()))
-        yield tuple(
-            Recorder(model, calib, folder / name, replay)
-            for name, model in (("student", student), ("teacher", teacher))
-        )
+        mine = StudentRecorder(student, calib, folder / "student", replay)
+        yield mine, Recorder(teacher, calib, folder / "teacher", replay)
 
 
 def spread_rows(calib: CalibrationSet, count: int) -> CalibrationSet:

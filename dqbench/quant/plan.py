@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -29,6 +29,13 @@ class LayerBits:
     act_groups: int
     weight_overhead_bits: int = 0  # whatever else is stored with the weight: codebook, indices, outliers, cache
     act_overhead_bits: float = 0.0  # per element of the input, beside `act`: flags, scales, residuals made at run time
+    act_table_bits: int = 0  # stored once, beside scales and zero points of the input: centroids
+    added_bias: int = 0  # numbers of a bias that quantization gave the layer: where it has none, or per bin of time
+
+    def described(self) -> dict[str, Any]:
+        """As JSON; what most plans have no use for is left out where it is 0."""
+        rare = {field.name for field in fields(self)} & {"act_table_bits", "added_bias"}
+        return {key: value for key, value in asdict(self).items() if value or key not in rare}
 
 
 Plan = dict[str, LayerBits]  # module name -> bits; a layer that is absent stays in full precision

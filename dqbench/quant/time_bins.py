@@ -10,7 +10,7 @@ it makes the bins of its rows current for the rest of the pass, wherever the net
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -136,6 +136,22 @@ def find_clock(network: nn.Module) -> tuple[str, Measure]:
             return name, Measure(None, network.config.mask_token_id)
     kind = type(network).__name__
     raise UserError(f"{kind} has no timestep embedding and no mask token to tell the time by; use method.act.bins=1")
+
+
+@contextmanager
+def telling(network: nn.Module, edges: Sequence[float]) -> Iterator[None]:
+    """Inside: the network's forward tells the bins between `edges`; without any there is nothing to tell."""
+    with ExitStack() as stack:
+        if edges:
+            name, measure = find_clock(network)
+            layer, clock = network.get_submodule(name), TimeBins(edges, measure)
+            stack.callback(layer.register_forward_pre_hook(lambda _, args: clock.turn(args[0])).remove)
+        yield
+
+
+def bins_of(network: nn.Module, calib: CalibrationSet, edges: Sequence[float]) -> np.ndarray:
+    """The bin of each calibration row, [N]."""
+    return np.searchsorted(edges, calibration_times(network, calib))
 
 
 class _Told(Exception):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor, nn
 
 from dqbench import processes
 from dqbench.text.likelihood import Masks, batches
+
+BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -24,16 +27,22 @@ class Agreement:
 
 
 @torch.no_grad()
-def agreement(
-    teacher: nn.Module, student: nn.Module, input_ids: Tensor, masks: Masks, bins: int, batch_size: int = 64
-) -> Agreement:
-    """Compare two networks on rows [N, L] under the masks that bin_masks() made for as many bins."""
+def predictions(network: nn.Module, input_ids: Tensor, masks: Masks) -> Iterator[Tensor]:
+    """Log-probabilities of the masked tokens, float32 [M, V], batch by batch as agreement() takes them."""
+    for batch in batches(network, input_ids, masks, None, BATCH):
+        yield batch.of(network).log_softmax(-1)
+
+
+@torch.no_grad()
+def agreement(expected: Iterable[Tensor], student: nn.Module, input_ids: Tensor, masks: Masks, bins: int) -> Agreement:
+    """Compare a network with another one's predictions() on rows [N, L], under bin_masks() for as many bins."""
     count, draws = masks.weight.shape
     totals = torch.zeros(2, count * draws, dtype=torch.float64)
-    for batch in batches(student, input_ids, masks, None, batch_size):
-        expected, found = batch.of(teacher).log_softmax(-1), batch.of(student).log_softmax(-1)
-        same = (expected.argmax(-1) == found.argmax(-1)).double()
-        kl = (expected.exp() * (expected - found)).sum(-1).double()
+    for batch, exact in zip(batches(student, input_ids, masks, None, BATCH), expected, strict=True):
+        found = batch.of(student).log_softmax(-1)
+        exact = exact.to(found.device)
+        same = (exact.argmax(-1) == found.argmax(-1)).double()
+        kl = (exact.exp() * (exact - found)).sum(-1).double()
         totals.index_add_(1, batch.draw, torch.stack([same, kl]).cpu())
     totals = processes.add_up(totals)
     means = (totals.view(2, count, draws) * masks.weight).view(2, count, bins, -1).mean(-1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +20,9 @@ from dqbench.models import denoiser
 from dqbench.sampling import generators, padded_length, sample_seed
 from dqbench.shards import Shards, save_array
 from dqbench.text import tasks
-from dqbench.text.agreement import agreement
+from dqbench.text.agreement import agreement, predictions
 from dqbench.text.data import TASKS, ask, check_questions, check_rows, content_hash, token_rows
-from dqbench.text.likelihood import bin_masks
+from dqbench.text.likelihood import Masks, bin_masks
 from dqbench.text.mcs import mask_rows
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from dqbench.stages import Artifact
 
 PROBES, BINS, DRAWS = 64, 5, 2  # held-out rows at most, ranges of the masked fraction, masks of a row in each
+SHARED = 2**26  # bytes of predictions that are kept for other cells
 SHOWN = 12  # samples in the picture
 
 
@@ -91,23 +93,37 @@ def positions(ratio: np.ndarray) -> np.ndarray:
 def network_error(cell: Cell, quantized: Quantized) -> Artifact:
     """Agreement with full precision and KL on masked held-out rows, by the share that is masked: [rows, bins] each."""
 
+    depends = {**cell.origin, "calib": cell.picked, "data": content_hash(cell.model.data)}
+
     def produce(folder: Path) -> None:
-        mask, teacher = cell.calib.mask, denoiser(cell.pipe)
+        mask = cell.calib.mask
         count = min(PROBES, cell.calib.samples)
         ids = token_rows(cell.model, cell.pipe.tokenizer, mask.rows, "held_out", count, mask.length)
         masks = bin_masks(torch.ones_like(ids, dtype=torch.bool), BINS, DRAWS, 0)
-        found = agreement(teacher, denoiser(cell.load(quantized)), ids, masks, BINS)
+        found = agreement(expected(cell, depends, ids, masks), denoiser(cell.load(quantized)), ids, masks, BINS)
         if processes.is_main():
             save_array(folder / "agreement.npy", found.same.numpy())
             save_array(folder / "kl.npy", found.kl.numpy())
 
-    depends = {
-        **cell.origin,
-        "quantized": quantized.denoiser.key,
-        "calib": cell.picked,
-        "data": content_hash(cell.model.data),
-    }
-    return cell.store.get("agreement", depends, produce, together=True)
+    return cell.store.get("agreement", {**depends, "quantized": quantized.denoiser.key}, produce, together=True)
+
+
+def expected(cell: Cell, depends: dict[str, Any], ids: torch.Tensor, masks: Masks) -> Iterator[torch.Tensor]:
+    """Full precision's predictions, which all cells share where a file of them is small; large ones are made anew.
+
+    So are those of several processes, each of which takes some of the batches.
+    """
+    teacher = denoiser(cell.pipe)
+    if processes.count() > 1 or 4 * int(masks.masked.sum()) * teacher.config.vocab_size > SHARED:
+        yield from predictions(teacher, ids, masks)
+        return
+
+    def produce(folder: Path) -> None:
+        for k, batch in enumerate(predictions(teacher, ids, masks)):
+            save_array(folder / f"{k:05d}.npy", batch.cpu().numpy())
+
+    for file in sorted(cell.store.get("predictions", depends, produce).folder.glob("*.npy")):
+        yield torch.from_numpy(np.load(file))
 
 
 def compare(samples: np.ndarray, reference: np.ndarray, error: Artifact) -> dict[str, Metric]:

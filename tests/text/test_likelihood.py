@@ -20,7 +20,7 @@ from transformers import LlamaConfig
 from dqbench.errors import UserError
 from dqbench.metrics.base import mean_interval
 from dqbench.text import lm_eval as adapter
-from dqbench.text.agreement import agreement
+from dqbench.text.agreement import agreement, predictions
 from dqbench.text.likelihood import bin_masks, count_masks, nll_bound, per_token, rate_masks
 from dqbench.text.networks import BidirectionalLlama
 from dqbench.text.pipeline import MaskedDiffusionPipeline
@@ -169,17 +169,17 @@ def test_agreement_of_a_network_with_itself_and_with_another() -> None:
     target = (torch.arange(8) >= torch.tensor([0, 0, 0, 0, 0, 6])[:, None]).expand(6, 8)
     masks = bin_masks(target, bins, 3, seed=0)
     teacher, student = Network(8), Network(8, seed=1)
-    itself = agreement(teacher, copy.deepcopy(teacher), ids, masks, bins)
+    itself = agreement(predictions(teacher, ids, masks), copy.deepcopy(teacher), ids, masks, bins)
     short = torch.tensor([True, False, True, False])
     assert torch.equal(itself.same[5].isnan(), short) and not itself.same[:5].isnan().any()
     assert (itself.same[:5] == 1).all() and (itself.kl[:5] == 0).all()
-    other = agreement(teacher, student, ids, masks, bins)
+    other = agreement(predictions(teacher, ids, masks), student, ids, masks, bins)
     assert (other.kl[:5] > 0).all() and other.same[:5].mean() < 0.7
     p, q = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.1, 0.3, 0.6])
     fixed = [Network(8, vocabulary=3, mask=2) for _ in range(2)]
     for network, logits in zip(fixed, (p.log(), q.log()), strict=True):
         network.table.data, network.mix.data = logits.expand(3, 3).clone(), torch.eye(8)
-    found = agreement(*fixed, ids % 2, masks, bins)
+    found = agreement(predictions(fixed[0], ids % 2, masks), fixed[1], ids % 2, masks, bins)
     assert torch.allclose(found.kl[:5].float(), (p * (p / q).log()).sum().expand(5, bins))
     assert (found.same[:5] == 0).all()
 

@@ -45,8 +45,8 @@ smoke: $(STAMP) ## every method, seconds each
 bench: $(STAMP) ## speed against a plain implementation of the same maths
 	$(OFFLINE) $(BIN)/python -m bench $(ARGS)
 
-tables: $(STAMP) ## finished and published rows as one table, no GPU
-	$(BIN)/python -m dqbench.results show $(ARGS)
+tables: $(STAMP) ## results/tables: papers' numbers beside ours, claims, one page; no GPU
+	$(BIN)/python -m dqbench.tables $(ARGS)
 
 clean: ## remove .venv and caches; results/ stays
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis *.egg-info outputs multirun

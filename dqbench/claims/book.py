@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,12 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-import dqbench.config
 from dqbench.comparison import leaves
 from dqbench.config import compose, data_root, digest, expand, identity, register
 from dqbench.errors import UserError
 from dqbench.launching.checks import check
 from dqbench.launching.explain import explain
+from dqbench.rendering.cells import configs_state
 from dqbench.results import atomic_write
 
 BOOK = Path(__file__).resolve().parents[1] / "published" / "claims.yaml"
@@ -106,7 +105,7 @@ def shipped(folder: Path | None = None) -> list[Comparison]:
     claims = read()[1]
     if folder is None:
         return comparisons(claims)
-    path, state = folder / "claims.json", configs_state()
+    path, state = folder / "claims.json", configs_state(BOOK, Path(__file__))
     known = _kept(path)
     if known.get("state") != state:
         found = [{**vars(each), "claim": each.claim.id} for each in comparisons(claims)]
@@ -122,14 +121,6 @@ def _kept(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError:
         return {}
-
-
-def configs_state() -> str:
-    """A digest of all that claims and the cells they name depend on."""
-    files = sorted((data_root() / "conf").rglob("*.yaml"))
-    files += [BOOK, Path(dqbench.config.__file__), Path(__file__)]
-    versions = [version(name) for name in ("hydra-core", "omegaconf")]
-    return digest([versions, [[str(path), path.read_text(encoding="utf-8")] for path in files]])
 
 
 def comparisons(claims: Sequence[Claim]) -> list[Comparison]:

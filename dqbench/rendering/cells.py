@@ -47,11 +47,11 @@ class RunIds:
             atomic_write(self.path, json.dumps({"state": self.state, "cells": self.known}, sort_keys=True) + "\n")
 
 
-def configs_state() -> str:
-    """A digest of everything that run ids depend on."""
+def configs_state(*more: Path) -> str:
+    """A digest of everything that run ids depend on, and of `more` files."""
     roots = {data_root(), Path.cwd()}
     files = sorted({path for root in roots for group in ("conf", "sweeps") for path in (root / group).rglob("*.yaml")})
-    files.append(Path(__file__).parents[1] / "config.py")
+    files += [Path(__file__).parents[1] / "config.py", *more]
     versions = [version(name) for name in ("hydra-core", "omegaconf")]
     return digest([versions, [[str(path), path.read_text(encoding="utf-8", errors="replace")] for path in files]])
 

@@ -29,6 +29,7 @@ from dqbench.results import atomic_write
 
 log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
+SHARED = 0o666  # mode of a lock file: users of one cache take turns, too
 VERSIONS = {  # part of every key: bumped when what a stage computes from the same input changes
     "trajectory": 2,
     "calibration": 2,
@@ -126,7 +127,7 @@ def taking_turns(root: Path, name: str) -> Iterator[None]:
         return
     folder = root / ".locks"
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / name)
+    lock = FileLock(folder / name, mode=SHARED)
     try:
         lock.acquire(timeout=0)
     except Timeout:

@@ -24,6 +24,7 @@ from dqbench.launching.cells import cells, is_finished, run_folder
 from dqbench.launching.command import cell_overrides
 from dqbench.launching.pool import Slot, cores, environment
 from dqbench.launching.processes import Child, Job, kill, start, terminate
+from dqbench.stages import SHARED
 
 SECONDS_BETWEEN_LOOKS = 0.1
 
@@ -73,7 +74,7 @@ def claim(job: Job) -> FileLock | None:
     """The right to start a cell, held until it has ended; None while another launcher has it."""
     folder = Path(job.cfg.paths.cache) / ".locks"
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / f"launch-{job.name}")
+    lock = FileLock(folder / f"launch-{job.name}", mode=SHARED)
     try:
         lock.acquire(timeout=0)
     except Timeout:

@@ -49,7 +49,9 @@ class Ledger:
     root: Path
     asked: dict[Path, dict[str, Any]] = field(default_factory=dict)  # folder -> what the artifact depends on
 
-    def get(self, stage: str, depends: dict[str, Any], produce: Callable[[Path], None]) -> Artifact:
+    def get(
+        self, stage: str, depends: dict[str, Any], produce: Callable[[Path], None], together: bool = False
+    ) -> Artifact:
         """The artifact as it would be named."""
         from dqbench.stages import Artifact, named
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import hydra
 import pytest
+from hydra.core.object_type import ObjectType
 from omegaconf import DictConfig, OmegaConf
 
 import dqbench.run
@@ -21,6 +22,7 @@ from dqbench.architectures import build as build_network
 from dqbench.config import Config, compose, data_root, plain, register, run_id
 from dqbench.errors import UserError
 from dqbench.launching.preflight import check_call
+from dqbench.launching.searchpath import SweepsSource
 from dqbench.launching.table import SCALES, Table, read_table, sweep
 from dqbench.metrics.features import FeatureMetrics
 from dqbench.quant.attach import find_units
@@ -214,3 +216,12 @@ def test_a_typo_in_an_axis_is_one_line(tmp_path, monkeypatch):
     (line,) = done.stderr.splitlines()
     assert done.returncode == 2 and line.startswith("dqbench: metod is unknown; did you mean method? allowed: ")
     assert not (tmp_path / "results").exists()
+
+
+def test_hydra_sees_no_other_folder_beside_sweeps(tmp_path):
+    for name in ("sweeps", "sweeps/cluster", ".venv/lib", "results"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "some.yaml").touch()
+    source = SweepsSource("user", f"sweeps://{tmp_path}")
+    assert source.list("", None) == ["sweeps"] and source.list("sweeps", ObjectType.GROUP) == ["cluster"]
+    assert source.list("sweeps", ObjectType.CONFIG) == ["some"] and source.is_config("sweeps/cluster/some")

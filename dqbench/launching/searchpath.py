@@ -5,12 +5,29 @@ from __future__ import annotations
 import textwrap
 from pathlib import Path
 
+from hydra._internal.core_plugins.file_config_source import FileConfigSource
+from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.object_type import ObjectType
 from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import OmegaConf
 
 HELP_WIDTH = 110  # characters of a line that lists choices
+
+
+class SweepsSource(FileConfigSource):
+    """A folder of which Hydra sees sweeps/ alone: --help asks for all groups, and takes minutes where .venv is one."""
+
+    @staticmethod
+    def scheme() -> str:
+        """What search paths of this kind begin with."""
+        return "sweeps"
+
+    def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
+        """The names in a folder; in the outermost one, `sweeps`."""
+        found = super().list(config_path, results_filter)
+        return found if config_path else [name for name in found if name == "sweeps"]
 
 
 class SweepsSearchPath(SearchPathPlugin):
@@ -20,13 +37,14 @@ class SweepsSearchPath(SearchPathPlugin):
         """Append the folders; earlier entries win."""
         from dqbench.config import data_root
 
-        search_path.append("dqbench", f"file://{data_root()}")
+        search_path.append("dqbench", f"sweeps://{data_root()}")
         if (own := Path.cwd()) != data_root() and (own / "sweeps").is_dir():
-            search_path.append("dqbench-user", f"file://{own}")
+            search_path.append("dqbench-user", f"sweeps://{own}")
 
 
 def register_search_path() -> None:
-    """Register the plugin once per process."""
+    """Register both once per process."""
+    SourcesRegistry.instance().register(SweepsSource)
     Plugins.instance().register(SweepsSearchPath)
 
 

@@ -213,7 +213,7 @@ def origin_of(row: Row, cell: Cell, quantized: Quantized) -> dict[str, Any]:
 def config_of(row: Row, results: Path) -> DictConfig:
     """The config of a run: what its row holds, with paths below `results` and defaults for all that no result needs."""
     default = compose([f"paths.results={results}", "metrics=none", "tracking=none"])
-    content = {key: plain(default[key]) for key in ("metrics", "tracking", "paths", "runtime", "sampler")}
+    content = {key: plain(default[key]) for key in ("metrics", "tracking", "paths", "runtime", "sampler", "scale")}
     own = {key: value for key, value in row.config.items() if key != "metrics"}
     own["sampler"] = content["sampler"] | own["sampler"]  # how many samples at once is not in a row
     own |= {group: dict.fromkeys(keys) | own[group] for group, keys in ADDED.items()}

@@ -117,7 +117,8 @@ def test_accelerate_takes_the_command_and_starts_as_many_processes(tmp_path: Pat
     parsed = launch_command_parser().parse_args(command[3:])
     assert command[1:3] == ["-m", "accelerate.commands.launch"] and parsed.num_processes == 3 and parsed.module
     assert parsed.training_script == "dqbench" and parsed.training_script_args == ["bits=w4a4", "hydra.mode=RUN"]
-    told = subprocess.run(cell_command(["--help"], 2), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    every = {**os.environ, "DQBENCH_DEBUG": "1"}  # else the main process alone speaks
+    told = subprocess.run(cell_command(["--help"], 2), cwd=ROOT, env=every, capture_output=True, text=True)
     assert told.returncode == 0 and told.stdout.count("Groups (* is the default)") == 2, told.stderr
 
 

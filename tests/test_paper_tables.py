@@ -197,7 +197,7 @@ def test_run_ids_put_together_are_those_of_composed_cells() -> None:
         ("quant_dllm_table", "mini", "method=gptq", "w2a32"),
     ):
         axes = next(each.axes for each in paper_presets() if each.name == preset)
-        swept = {key: axis(key, value) for key, value in axes.axes(scale).items()}
+        swept = {key: axis(key, value) for key, value in getattr(axes, scale).items()}
         wanted = (*swept["setting"][:1], method)
         whole = [f"+sweeps={preset}", f"scale={scale}", *wanted, f"bits={bits}"]
         expected = [run_id(compose([*whole, seed])) for seed in swept["seed"]]

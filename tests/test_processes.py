@@ -50,8 +50,9 @@ def quantize(results: Path) -> Path:
 
 
 def artifacts(results: Path) -> dict[str, Path]:
-    """The files of all stages by name; a manifest also tells of times."""
-    files = (path for path in (results / "cache").rglob("*") if path.is_file() and ".locks" not in path.parts)
+    """The files of all stages by name; a manifest also tells of times, and predictions are what one process shares."""
+    left_out = {".locks", "predictions"}
+    files = (path for path in (results / "cache").rglob("*") if path.is_file() and not left_out & {*path.parts})
     return {str(path.relative_to(results)): path for path in files if path.name != "manifest.json"}
 
 

@@ -13,6 +13,7 @@ from torch import nn
 
 SMALL = 10_000_000  # parameters: below, threads wait for each other longer than they compute
 ALL_THREADS = torch.get_num_threads()  # what torch chose when the process began
+M_MMAP_THRESHOLD, LARGE = -3, 2**20  # of malloc.h; bytes
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -39,6 +40,12 @@ def trim() -> None:
     """Let the C library give freed memory back to the system, where it can (glibc): it keeps much of it in holes."""
     with suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def return_large() -> None:
+    """Let the C library (glibc) give large blocks back when they are freed: it keeps up to 32 MiB each, in holes."""
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE)
 
 
 def peak_memory() -> int:

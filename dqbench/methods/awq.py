@@ -23,7 +23,7 @@ from dqbench.quant.awq import check_points, scale_pairs
 from dqbench.quant.functional import fake_quantize
 from dqbench.quant.hessian import InputStatistics
 from dqbench.quant.plan import Plan, select
-from dqbench.quant.quantizers import Grid, WeightRule, weight_grid
+from dqbench.quant.quantizers import Grid, WeightRule, column_spans, group_grid, spread
 from dqbench.quant.sequential import (
     DecoderInputs,
     Passes,
@@ -78,10 +78,11 @@ class AWQ:
         scale_pairs(layer, self.pairs, found, lambda inner, weight: self.nearest(weight, chosen[inner])[0], self.points)
         for inner, n_bits in chosen.items():
             linear = layer.get_submodule(inner)
-            bake(linear, *self.nearest(linear.weight.float(), n_bits), self.weight)
+            bake(linear, *self.nearest(linear.weight.float(), n_bits), self.weight.group_size)
 
     def nearest(self, weight: Tensor, n_bits: int) -> tuple[Tensor, Grid]:
-        """`weight` [O, M] to nearest, and its grid."""
-        grid = weight_grid(weight, n_bits, self.weight)
-        parts = [values.expand_as(weight) for values in (grid.scale, grid.zero_point)]
-        return fake_quantize(weight, *parts, grid.qmin, grid.qmax), Grid(*parts, grid.qmin, grid.qmax)
+        """`weight` [O, M] to nearest, and its grid, [R, G]."""
+        spans = column_spans(weight.shape[1], self.weight.group_size, split=0)
+        grid = group_grid(weight, spans, n_bits, self.weight)
+        parts = (spread(values, spans) for values in (grid.scale, grid.zero_point))
+        return fake_quantize(weight, *parts, grid.qmin, grid.qmax), grid

@@ -23,7 +23,7 @@ from dqbench.quant.compensation import Curvature, Damping, RoundedBlock, Span, c
 from dqbench.quant.functional import fake_quantize
 from dqbench.quant.hessian import InputStatistics
 from dqbench.quant.plan import Plan, select
-from dqbench.quant.quantizers import ActRule, Grid, WeightRule, choose, weight_grid
+from dqbench.quant.quantizers import ActRule, Grid, WeightRule, choose, column_spans, group_grid
 from dqbench.quant.sequential import (
     DecoderInputs,
     NetworkCalls,
@@ -85,42 +85,49 @@ class GPTQ:
         self, module: nn.Module, plan: Plan, names: Sequence[str], statistics: InputStatistics, prefix: str
     ) -> None:
         """Round the layers `names` of `module`, which share their input, and keep how they are stored."""
-        hessian, cross = statistics.hessian(), statistics.drift()
-        order = torch.arange(len(hessian), device=hessian.device)
-        if self.act_order:
-            order = hessian.diagonal().argsort(descending=True, stable=True)
-            hessian, cross = (None if values is None else values[order][:, order] for values in (hessian, cross))
-        curvature = Curvature.of(hessian, cross, self.damping)
+        curvature, order = self.curvature(statistics)
         for name in names:
             layer, own = module.get_submodule(name), plan[prefix + name]
-            rounded, grid = self.round_matrix(layer.weight.detach().flatten(1).float(), own.weight, curvature, order)
-            bake(layer, rounded, grid, self.weight)
+            weight = layer.weight.detach().flatten(1).float()
+            bake(layer, *self.round_matrix(weight, own.weight, curvature, order), self.weight.group_size)
 
-    def round_matrix(self, weight: Tensor, n_bits: int, curvature: Curvature, order: Tensor) -> tuple[Tensor, Grid]:
-        """(rounded, its grid), [O, M] each; curvature: of the columns in `order`.
+    def curvature(self, statistics: InputStatistics) -> tuple[Curvature, Tensor | slice]:
+        """Of the columns in an order, and that order; the statistics are used up."""
+        hessian, cross = statistics.take()
+        if not self.act_order:
+            return Curvature.of(hessian, cross, self.damping), slice(None)
+        order = hessian.diagonal().argsort(descending=True, stable=True)
+        hessian, cross = (None if values is None else values[order][:, order] for values in (hessian, cross))
+        return Curvature.of(hessian, cross, self.damping), order
+
+    def round_matrix(
+        self, weight: Tensor, n_bits: int, curvature: Curvature, order: Tensor | slice
+    ) -> tuple[Tensor, Grid]:
+        """(rounded [O, M], its grid, [R, G] as quantizers.group_grid() has it); curvature: of the columns in `order`.
 
         Groups of columns choose their grid when the ones before have been made up for; with act_order beforehand, so
         that a group is one of neighbouring columns as stored.
         """
-        rule, grid = self.weight, weight_grid(weight, n_bits, self.weight)
-        scale, zero_point = (values.expand_as(weight)[:, order] for values in (grid.scale, grid.zero_point))
+        rule, (rows, count) = self.weight, weight.shape
+        grid = group_grid(weight, column_spans(count, rule.group_size, split=0), n_bits, rule)
+        group = torch.arange(count, device=weight.device)[order] // (rule.group_size or count)
         moving = rule.granularity == "per_group" and not self.act_order
 
         def round_block(block: Tensor, span: Span) -> RoundedBlock:
-            first, end = span
+            own, grids = group[slice(*span)], (grid.scale, grid.zero_point)
             if moving:
-                for values, chosen in zip((scale, zero_point), choose(block, n_bits, rule), strict=True):
-                    values[:, first:end] = chosen.unsqueeze(1)
-            columns = [values[:, first:end].T.contiguous() for values in (scale, zero_point)]
+                for values, chosen in zip(grids, choose(block, n_bits, rule), strict=True):
+                    values[:, own[0]] = chosen
+            columns = [values.expand(rows, -1)[:, own].T.contiguous() for values in grids]
 
             def round_column(column: Tensor, j: int) -> Tensor:
                 return fake_quantize(column, columns[0][j], columns[1][j], grid.qmin, grid.qmax)
 
             return round_columns(block, curvature.within(span), round_column)
 
-        spans = spans_of(weight.shape[1], rule.group_size if moving else LAZY)
-        rounded, back = compensate(weight[:, order], curvature, spans, round_block), order.argsort()
-        return rounded[:, back], Grid(scale[:, back], zero_point[:, back], grid.qmin, grid.qmax)
+        spans = spans_of(count, rule.group_size if moving else LAZY)
+        rounded = compensate(weight[:, order], curvature, spans, round_block)
+        return rounded[:, order.argsort()] if self.act_order else rounded, grid
 
     def quantize_activations(self, student: nn.Module, calib: CalibrationSet, bits: Bits) -> None:
         """Ranges over the whole calibration set."""
@@ -138,9 +145,7 @@ class GPTQ:
                     student(**batch)
 
 
-def bake(layer: nn.Module, rounded: Tensor, grid: Grid, rule: WeightRule) -> None:
-    """Give `layer` the weight `rounded` [O, M], which lies on `grid`, and its storage."""
-    shape = layer.weight.shape
-    layer.weight.data = rounded.reshape(shape).to(layer.weight.dtype) + 0.0  # codes know no -0
-    whole = Grid(grid.scale.reshape(shape), grid.zero_point.reshape(shape), grid.qmin, grid.qmax)
-    layer.weight_storage = uniform.store(layer.weight, whole, rule, split=0)
+def bake(layer: nn.Module, rounded: Tensor, grid: Grid, group_size: int | None) -> None:
+    """Give `layer` the weight `rounded` [O, M], which lies on `grid` [R, G], and its storage."""
+    layer.weight.data = rounded.reshape(layer.weight.shape).to(layer.weight.dtype).add_(0.0)  # codes know no -0
+    layer.weight_storage = uniform.store_groups(layer.weight, grid, group_size, split=0)

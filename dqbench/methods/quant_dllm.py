@@ -133,7 +133,7 @@ class QuantDLLM:
         self, module: nn.Module, plan: Plan, names: Sequence[str], statistics: InputStatistics, prefix: str
     ) -> None:
         """Quantize the layers `names` of `module`, which share their input."""
-        curvature = Curvature.of(statistics.hessian(), statistics.drift(), self.damping)
+        curvature = Curvature.of(*statistics.take(), self.damping)
         for name in names:
             layer, own = module.get_submodule(name), plan[prefix + name]
             blocks = self.approximate(layer.weight.detach().float(), own.weight, curvature)

@@ -48,7 +48,7 @@ class Curvature:
         factor = inverse_factor(hessian, damping.ridge)
         if cross is None or not damping.asymmetry:
             return cls(factor, None)
-        return cls(factor, damping.asymmetry * (cross @ factor.T).triu_(1) @ factor)
+        return cls(factor, (cross @ factor.T).triu_(1).mul_(damping.asymmetry) @ factor)
 
     def within(self, span: Span) -> Curvature:
         """Of the columns of one block among themselves."""

@@ -37,9 +37,11 @@ class InputStatistics:
         """H = 2/N sum x x^T, [M, M]: of the squared error of a row's outputs."""
         return self.products * (2 / self.count)
 
-    def drift(self) -> Tensor | None:
-        """2/N sum (x_ref - x) x^T, [M, M]; None without references."""
-        return None if self.cross is None else self.cross * (2 / self.count)
+    def take(self) -> tuple[Tensor, Tensor | None]:
+        """H and 2/N sum (x_ref - x) x^T, None without references, [M, M] each, in the place of the sums: only once."""
+        products, cross = self.products, self.cross
+        self.products = self.cross = None
+        return products.mul_(2 / self.count), None if cross is None else cross.mul_(2 / self.count)
 
     def magnitude(self) -> Tensor:
         """Mean |x|, [M]."""
@@ -72,6 +74,6 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     if not failed:
         torch.cholesky_inverse(hessian, out=hessian)
         torch.linalg.cholesky_ex(hessian, upper=True, out=(hessian, failed))
-    if failed or not torch.isfinite(hessian).all():
+    if failed or not torch.isfinite(torch.stack(torch.aminmax(hessian))).all():
         raise UserError(f"damping={damping} leaves the inputs' second moments singular; allowed: more, e.g. 0.1")
     return hessian

@@ -22,6 +22,7 @@ from torch import Tensor
 from dqbench.errors import UserError
 
 MAX_WIDTH = 32
+PIECE = 2**18  # codes that are words of 64 bits at a time; a multiple of 8, so that pieces begin with a byte
 SEAL = "crc32"
 UNREADABLE = (AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError, SafetensorError, ZlibError)
 
@@ -36,7 +37,8 @@ def pack(codes: Tensor, width: int) -> Tensor:
     flat = codes.detach().cpu().flatten().numpy()
     if not 0 <= width <= MAX_WIDTH or flat.size and (flat.min() < 0 or int(flat.max()) >> width):
         raise ValueError(f"codes must lie in [0, 2^width) with width in 0..{MAX_WIDTH}, got width {width}")
-    return torch.from_numpy(_pack(flat.astype("<u8"), width))
+    streams = [_pack(flat, shift, min(8, width - shift)) for shift in range(0, max(1, width), 8)]
+    return torch.from_numpy(np.concatenate(streams))
 
 
 def unpack(packed: Tensor, count: int, width: int) -> Tensor:
@@ -44,12 +46,26 @@ def unpack(packed: Tensor, count: int, width: int) -> Tensor:
     if packed.dtype != torch.uint8 or packed.numel() != packed_bytes(count, width):
         expected = f"{packed_bytes(count, width)} bytes for {count} codes of {width} bits"
         raise UserError(f"packed codes are truncated or altered: {packed.numel()} {packed.dtype} instead of {expected}")
-    return torch.from_numpy(_unpack(packed.cpu().numpy(), count, width).astype(np.uint8 if width <= 8 else np.int64))
+    codes, rest = np.zeros(count, dtype=np.uint8 if width <= 8 else np.int64), packed.cpu().numpy()
+    for shift in range(0, width, 8):
+        own = min(8, width - shift)
+        for first in range(0, count, PIECE):
+            piece, place = codes[first : first + PIECE], first * own // 8
+            found = _unpack_piece(rest[place : place + packed_bytes(piece.size, own)], piece.size, own)
+            piece |= (found << np.uint64(shift)).astype(codes.dtype)
+        rest = rest[packed_bytes(count, own) :]
+    return torch.from_numpy(codes)
 
 
-def _pack(codes: np.ndarray, width: int) -> np.ndarray:
-    if width > 8:
-        return np.concatenate([_pack(codes & 0xFF, 8), _pack(codes >> 8, width - 8)])
+def _pack(codes: np.ndarray, shift: int, width: int) -> np.ndarray:
+    """The stream of bits shift to shift + width of all codes."""
+    starts = range(0, codes.size, PIECE)
+    whole = (codes[first : first + PIECE].astype("<u8") >> np.uint64(shift) for first in starts)
+    parts = [_pack_piece(part & np.uint64(2**width - 1), width) for part in whole]
+    return np.concatenate([np.zeros(0, dtype=np.uint8), *parts])
+
+
+def _pack_piece(codes: np.ndarray, width: int) -> np.ndarray:
     words = np.zeros(-(-codes.size // 8), dtype="<u8")  # 8 codes are a word of `width` bytes
     for place in range(8):
         part = codes[place::8]
@@ -57,9 +73,7 @@ def _pack(codes: np.ndarray, width: int) -> np.ndarray:
     return words.view(np.uint8).reshape(-1, 8)[:, :width].flatten()[: packed_bytes(codes.size, width)]
 
 
-def _unpack(packed: np.ndarray, count: int, width: int) -> np.ndarray:
-    if width > 8:
-        return _unpack(packed[:count], count, 8) | _unpack(packed[count:], count, width - 8) << np.uint64(8)
+def _unpack_piece(packed: np.ndarray, count: int, width: int) -> np.ndarray:
     padded = np.zeros((-(-count // 8), 8), dtype=np.uint8)
     whole = np.zeros(len(padded) * width, dtype=np.uint8)
     whole[: packed.size] = packed

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -117,17 +117,28 @@ class Grid:
 def weight_grid(weight: Tensor, n_bits: int, rule: WeightRule, split: int = 0) -> Grid:
     """A weight's grid, in float32 or wider. weight: [O, I, ...]; split > 0: [:, :split], [:, split:] have their own."""
     flat = weight.detach().to(torch.promote_types(weight.dtype, torch.float32)).flatten(1)
-    qmin, qmax = qrange(n_bits, rule.signed)
     spans = column_spans(flat.shape[1], rule.group_size, split * (flat.shape[1] // weight.shape[1]))
-    chosen = [choose(flat[:, first:end], n_bits, rule) for first, end in spans]
-    shape = (-1, *[1] * (weight.ndim - 1))
+    grid = group_grid(flat, spans, n_bits, rule)
     if len(spans) == 1:
-        scale, zero_point = (values.reshape(shape) for values in chosen[0])
-        return Grid(scale, zero_point, qmin, qmax)
-    widths = torch.tensor([end - first for first, end in spans], device=flat.device)
-    columns = [torch.stack([pair[k].expand(len(flat)) for pair in chosen], dim=1) for k in (0, 1)]
-    scale, zero_point = (values.repeat_interleave(widths, dim=1).reshape(weight.shape) for values in columns)
-    return Grid(scale, zero_point, qmin, qmax)
+        shape = (-1, *[1] * (weight.ndim - 1))
+        return replace(grid, scale=grid.scale.reshape(shape), zero_point=grid.zero_point.reshape(shape))
+    columns = (values.expand(len(flat), -1) for values in (grid.scale, grid.zero_point))
+    scale, zero_point = (spread(values, spans).reshape(weight.shape) for values in columns)
+    return replace(grid, scale=scale, zero_point=zero_point)
+
+
+def group_grid(flat: Tensor, spans: Sequence[tuple[int, int]], n_bits: int, rule: WeightRule) -> Grid:
+    """The grid of a matrix [O, M], once for each of the `spans` of its columns: [R, G], R = 1 per tensor, else O."""
+    chosen = [choose(flat[:, first:end], n_bits, rule) for first, end in spans]
+    scale, zero_point = (torch.stack([pair[k] for pair in chosen], dim=1) for k in (0, 1))
+    return Grid(scale, zero_point, *qrange(n_bits, rule.signed))
+
+
+def spread(values: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:
+    """[R, G], one for each span of columns -> [R, M], or [R, 1] where there is one."""
+    if len(spans) == 1:
+        return values
+    return values.repeat_interleave(torch.tensor([end - first for first, end in spans], device=values.device), dim=1)
 
 
 def column_spans(columns: int, group_size: int | None, split: int) -> list[tuple[int, int]]:

@@ -7,7 +7,8 @@ or all; where there is a split (a column, 0: none), of those before it and of th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,10 +16,11 @@ from torch import Tensor
 
 from dqbench.errors import UserError
 from dqbench.quant import packing
-from dqbench.quant.quantizers import Grid, WeightRule, column_spans
+from dqbench.quant.quantizers import Grid, WeightRule, column_spans, spread
 from dqbench.quant.storage import Packed
 
 KIND, VERSION = "uniform", 1
+PIECE = 2**18  # elements that are coded together
 
 
 def store(weight: Tensor, grid: Grid, rule: WeightRule, split: int) -> Packed | None:
@@ -26,22 +28,43 @@ def store(weight: Tensor, grid: Grid, rule: WeightRule, split: int) -> Packed | 
 
     rule: what the grid was chosen by; split: in input channels. scale, zero_point: [R, G], R = 1 per tensor, else O.
     """
-    flat = weight.detach().cpu().flatten(1)
-    n_bits, split = (grid.qmax - grid.qmin).bit_length(), split * (flat.shape[1] // weight.shape[1])
-    spans = column_spans(flat.shape[1], rule.group_size, split)
-    rows, firsts = slice(1 if rule.granularity == "per_tensor" else None), [first for first, _ in spans]
-    full = (values.expand(weight.shape).flatten(1).cpu() for values in (grid.scale, grid.zero_point))
+    columns = weight.shape[1:].numel()
+    split *= columns // weight.shape[1]
+    firsts = [first for first, _ in column_spans(columns, rule.group_size, split)]
+    rows = slice(1 if rule.granularity == "per_tensor" else None)
+    full = (values.expand(weight.shape).flatten(1) for values in (grid.scale, grid.zero_point))
     scale, zero_point = (values[rows, firsts] for values in full)
-    zero_point = zero_point.long() - grid.qmin
-    codes = (flat / spread(scale, spans)).round().long() + spread(zero_point, spans)
-    if not fits(codes, n_bits) or width_of(zero_point, n_bits) > packing.MAX_WIDTH:
+    return store_groups(weight, replace(grid, scale=scale, zero_point=zero_point), rule.group_size, split)
+
+
+def store_groups(weight: Tensor, grid: Grid, group_size: int | None, split: int) -> Packed | None:
+    """store() where scale and zero_point of the grid are [R, G] already; split: in columns."""
+    flat, n_bits = weight.detach().cpu().flatten(1), (grid.qmax - grid.qmin).bit_length()
+    spans = column_spans(flat.shape[1], group_size, split)
+    scale, zero_point = grid.scale.cpu(), grid.zero_point.cpu().long() - grid.qmin
+    codes = codes_of(flat, scale, zero_point, spans, n_bits)
+    if codes is None or width_of(zero_point, n_bits) > packing.MAX_WIDTH:
         return None
     packed, place = pack_whole(zero_point, n_bits)
     header = {"version": VERSION, "shape": list(weight.shape), "dtype": str(weight.dtype).removeprefix("torch.")}
-    header |= {"bits": n_bits, "group_size": rule.group_size, "split": split, "zero_point": place}
+    header |= {"bits": n_bits, "group_size": group_size, "split": split, "zero_point": place}
     tensors = {"codes": packing.pack(codes, n_bits), "scale": scale.contiguous(), "zero_point": packed}
     found = Packed.of(KIND, tensors, header)
     return found if torch.equal(unpack(tensors, header), weight.detach().cpu()) else None
+
+
+def codes_of(
+    flat: Tensor, scale: Tensor, zero_point: Tensor, spans: Sequence[tuple[int, int]], n_bits: int
+) -> Tensor | None:
+    """Codes [O, M] of a baked weight, uint8 where b <= 8; None where one is not in [0, 2^b)."""
+    codes = torch.empty(flat.shape, dtype=torch.uint8 if n_bits <= 8 else torch.int64)
+    for rows in pieces(flat):
+        own_scale, own_zero = (spread(of_rows(values, rows), spans) for values in (scale, zero_point))
+        part = (flat[rows] / own_scale).round().long() + own_zero
+        if not fits(part, n_bits):
+            return None
+        codes[rows] = part
+    return codes
 
 
 def unpack(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> Tensor:
@@ -50,18 +73,25 @@ def unpack(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> Tensor:
         raise UserError(f"weight storage {KIND} has version {header['version']}; readable: {VERSION}")
     shape, scale = header["shape"], tensors["scale"]
     count = torch.Size(shape).numel()
-    codes = packing.unpack(tensors["codes"], count, header["bits"]).reshape(shape[0], -1).long()
+    codes = packing.unpack(tensors["codes"], count, header["bits"]).reshape(shape[0], -1)
     zero_point = unpack_whole(tensors["zero_point"], scale.numel(), header["zero_point"]).reshape(scale.shape)
     spans = column_spans(codes.shape[1], header["group_size"], header["split"])
-    whole = codes - spread(zero_point, spans)
-    return (whole.to(scale.dtype) * spread(scale, spans)).reshape(shape).to(getattr(torch, header["dtype"]))
+    weight = torch.empty(codes.shape, dtype=getattr(torch, header["dtype"]))
+    for rows in pieces(codes):
+        whole = codes[rows].long() - spread(of_rows(zero_point, rows), spans)
+        weight[rows] = whole.to(scale.dtype) * spread(of_rows(scale, rows), spans)
+    return weight.reshape(shape)
 
 
-def spread(values: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:
-    """[R, G], one for each span -> [R, M], or [R, 1] where there is one."""
-    if len(spans) == 1:
-        return values
-    return values.repeat_interleave(torch.tensor([end - first for first, end in spans]), dim=1)
+def pieces(matrix: Tensor) -> Iterator[slice]:
+    """Its rows, as many at a time as PIECE elements are: what is computed of them in 64 bits is small then."""
+    size = max(1, PIECE // max(1, matrix.shape[1]))
+    return (slice(first, first + size) for first in range(0, len(matrix), size))
+
+
+def of_rows(values: Tensor, rows: slice) -> Tensor:
+    """Some rows of [R, G]; all have the one there is where R = 1."""
+    return values if len(values) == 1 else values[rows]
 
 
 def fits(codes: Tensor, n_bits: int) -> bool:

@@ -30,7 +30,7 @@ from dqbench.provenance import stamp, version
 from dqbench.quant.compact import pack_state, twins
 from dqbench.quant.container import Writer
 from dqbench.quant.sequential import OnDisk, check_inside, check_weights_only, decoder_layers, quantize_checkpoint
-from dqbench.resources import full_float32, peak_memory, restart_peak, set_threads
+from dqbench.resources import full_float32, peak_memory, restart_peak, return_large, set_threads
 from dqbench.sampling import set_sampler
 from dqbench.stages import taking_turns
 from dqbench.text.checkpoints import assemble, open_layers
@@ -42,6 +42,7 @@ METHODS = ("quant_dllm", "quant_dllm_official", "gptq", "awq")  # presets of met
 
 def stream(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     """Quantize the configured checkpoint into the packed `folder`, which appears when it is whole; what it holds."""
+    return_large()
     restart_peak()
     job = Job(cfg, peak_memory())
     check_free(folder)

@@ -281,12 +281,13 @@ def one_line(error: BaseException) -> str:
 def exit_status() -> Iterator[None]:
     """Turn what a user can mend into one line on stderr and exit status 2. DQBENCH_DEBUG=1 keeps the traceback."""
     from hydra.errors import HydraException
+    from yaml import YAMLError
 
     from dqbench.launching.explain import explain
 
     try:
         yield
-    except (UserError, HydraException, OmegaConfBaseException) as error:
+    except (UserError, HydraException, OmegaConfBaseException, YAMLError) as error:
         if os.environ.get("DQBENCH_DEBUG"):
             raise
         tell(explain(error))

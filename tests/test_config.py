@@ -6,8 +6,9 @@ import math
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
-from dqbench.config import build, compose, expand, identity, run_id
+from dqbench.config import build, compose, exit_status, expand, identity, run_id
 from dqbench.errors import UserError
 from dqbench.launching.checks import check, check_range
 
@@ -92,3 +93,11 @@ def test_build_wants_every_key() -> None:
     del cfg.method.attention
     with pytest.raises(UserError, match="method.attention.*[Mm]issing|[Mm]issing.*attention"):
         build(cfg.method)
+
+
+def test_a_file_that_is_no_yaml_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "mine.yaml").write_text("table:\n  rows: [method\n")
+    with pytest.raises(SystemExit) as end, exit_status():
+        OmegaConf.load(tmp_path / "mine.yaml")
+    line = capsys.readouterr().err
+    assert end.value.code == 2 and line.count("\n") == 1 and "cannot be read" in line and "mine.yaml" in line

@@ -10,8 +10,9 @@ from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, ListConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 from omegaconf.nodes import BooleanNode, FloatNode, IntegerNode, StringNode
+from yaml import YAMLError
 
-from dqbench.config import Config
+from dqbench.config import Config, one_line
 from dqbench.errors import UserError
 
 EXPECTED = {BooleanNode: "true or false", IntegerNode: "an integer", FloatNode: "a number", StringNode: "text"}
@@ -23,6 +24,8 @@ def explain(error: BaseException, prefix: str = "") -> str:
     """One line for an error of composing a config; `prefix` is where the node that failed hangs in it."""
     if isinstance(error, UserError):
         return first_part(error)
+    if isinstance(error, YAMLError):
+        return f"a config file cannot be read: {one_line(error)}"
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     if isinstance(error, MissingConfigException) and error.options is not None and error.missing_cfg_file:
         return unknown_choice(error.missing_cfg_file, error.options)

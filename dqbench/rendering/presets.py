@@ -45,6 +45,7 @@ def paper_presets() -> Iterator[Preset]:
         path = locate(name)
         axes = read_axes(path)
         if axes is not None and axes.paper:
+            check_words(f"{path}: table.paper", [axes.paper], published.papers())
             yield checked(Preset(name, axes, published.load(axes.paper)), path)
 
 
@@ -71,7 +72,7 @@ def checked(preset: Preset, path: Path) -> Preset:
     named = [table for table in preset.paper.tables if table.table in preset.axes.tables]
     rows = [row for table in named for row in table.rows]
     allowed = {
-        "methods": {row.method for row in rows} | {f"{row.method} ({row.label})" for row in rows},
+        "methods": {row.method for row in rows} | {f"{row.method} ({row.label})" for row in rows if row.label},
         "missing": {name for table in preset.paper.tables for row in table.rows for name in names(row)},
         **dict.fromkeys(("models", "mini_models"), columns(named)),
         **dict.fromkeys(("metrics", "mini_metrics"), {name.removeprefix(DELTA) for row in rows for name in row.values}),
@@ -83,7 +84,8 @@ def checked(preset: Preset, path: Path) -> Preset:
 
 def names(row: PublishedRow) -> list[str]:
     """How a preset may name a published row, the closest first."""
-    return [f"{row.method} ({row.label})", f"{row.method} {row.bits}", row.method]
+    labelled = [f"{row.method} ({row.label})"] if row.label else []
+    return [*labelled, f"{row.method} {row.bits}", row.method]
 
 
 def columns(tables: Iterable[published.Table]) -> set[str]:

@@ -33,6 +33,7 @@ FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]  # what is fe
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 PIECE = 2**22  # elements of a large tensor that are read at once
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
+FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them; 8-bit ones mean nothing without their scales
 SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id", "mask_token_id")
 UNBUILDABLE = (
     ArithmeticError,
@@ -135,7 +136,7 @@ def read_tokenizer(folder: Path, kind: Any, **options: Any) -> Any | None:
             read_json(file)
     try:
         return kind.from_pretrained(folder, local_files_only=True, **options)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # what tokenizers raises for a damaged file is of no narrower class
         raise UserError(f"the tokenizer in {folder} cannot be read: {one_line(error)[:160]}") from error
 
 
@@ -179,14 +180,14 @@ class Checkpoint:
         for name, (file, stored) in self.tensors.items():
             if name.startswith(prefix):
                 with opened(file) as content:
-                    tensor = content.get_tensor(stored)
+                    tensor = finite(content.get_tensor(stored), file, stored)
                     yield name, tensor if dtype is None else tensor.to(dtype)
 
     def rows(self, name: str, ids: Tensor) -> Tensor:
         """Rows of a tensor, as stored: [*ids.shape, ...]. Of the file no more is read than these."""
         file, stored = self.tensors[name]
         with opened(file) as content:
-            return content.get_tensor(stored)[ids]
+            return finite(content.get_tensor(stored)[ids], file, stored)
 
     def pieces(self, name: str) -> Iterator[Tensor]:
         """A tensor, as stored, in runs of rows of about PIECE elements."""
@@ -303,6 +304,13 @@ def opened(file: Path) -> Any:
         raise UserError(line) from error
 
 
+def finite(tensor: Tensor, file: Path, name: str) -> Tensor:
+    """The tensor. Raises UserError where it holds NaN or infinities, as half-written and overflowed files do."""
+    if not torch.stack(tensor.aminmax()).isfinite().all():
+        raise UserError(f"{file}: {name} holds values that are not finite numbers; needed: an undamaged file")
+    return tensor
+
+
 def check_tensors(checkpoint: Checkpoint, network: nn.Module) -> None:
     """Raise UserError for missing, surplus and misshaped tensors of the empty `network`, before any is read."""
     needed = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
@@ -314,6 +322,6 @@ def check_tensors(checkpoint: Checkpoint, network: nn.Module) -> None:
     for name, (file, stored) in checkpoint.tensors.items():
         with opened(file) as content:
             part = content.get_slice(stored)
-        if tuple(part.get_shape()) != needed[name] or not part.get_dtype().startswith(("F", "BF")):
+        if tuple(part.get_shape()) != needed[name] or part.get_dtype() not in FLOATS:
             given = f"{part.get_dtype()} {part.get_shape()}"
             raise UserError(f"{file}: {stored} is {given}; its config.json needs floating point {list(needed[name])}")

@@ -14,7 +14,7 @@ from dqbench import processes
 from dqbench.config import Model
 from dqbench.errors import UserError
 from dqbench.metrics.base import Metric
-from dqbench.text.lm_eval import Protocol, evaluate, harness
+from dqbench.text.lm_eval import Protocol, evaluate, harness, task_index
 
 Z_95 = 1.96  # of the harness's own standard errors
 LOWER = ("perplexity", "bits_per_byte", "word_perplexity", "byte_perplexity")  # of its measures, where less is better
@@ -24,18 +24,24 @@ LOWER = ("perplexity", "bits_per_byte", "word_perplexity", "byte_perplexity")  #
 class HarnessMetrics:
     version: int
     tasks: dict[str, int]  # task -> examples shown before each question
+    include: str | None  # a folder of YAML files that describe tasks of your own; None: the harness's alone
     limit: int | None  # questions of each task; None: all
     protocol: Protocol
 
     modalities = ("text",)
 
     def check(self, reference: str | None, num_samples: int) -> None:
-        """Raise UserError where the harness is missing, or nothing is asked of it."""
+        """Raise UserError where the harness is missing, nothing is asked of it, or a task that it has not."""
         harness()
         if not self.tasks:
             raise UserError(
                 "metrics.tasks is empty; allowed: tasks of lm-evaluation-harness with their few-shot number"
             )
+        if self.include is not None and not Path(self.include).is_dir():
+            raise UserError(f"metrics.include={self.include} is no folder; needed: YAML files of tasks")
+        if unknown := sorted(self.tasks.keys() - set(task_index(self.include).all_tasks)):
+            listed = "allowed: those that `lm_eval ls tasks` lists, and those in metrics.include"
+            raise UserError(f"metrics.tasks: the harness has no {', '.join(unknown)}; {listed}")
 
     def score(
         self, samples: np.ndarray, reference: str | None, cache_dir: Path, *, device: str = "cpu"
@@ -48,11 +54,11 @@ class HarnessMetrics:
         return processes.agreed(lambda: self._ask(pipe))
 
     def _ask(self, pipe: DiffusionPipeline) -> dict[str, Metric]:
-        found = {}
+        found, options = {}, {"limit": self.limit, "task_manager": task_index(self.include)}
         for task, shots in self.tasks.items():
-            results = evaluate(pipe, self.protocol, [task], num_fewshot=shots, limit=self.limit)
+            results = evaluate(pipe, self.protocol, [task], num_fewshot=shots, **options)
             for name, own in results["results"].items():
-                found |= measures(name, own, results["n-samples"][name]["effective"], shots)
+                found |= measures(name, own, questions(results, name), shots)
         return found
 
     def reference_hash(self, reference: str | None, cache_dir: Path, *, device: str = "cpu") -> None:
@@ -62,6 +68,13 @@ class HarnessMetrics:
     def weights_hash(self) -> None:
         """No extractor looks at the samples."""
         return None
+
+
+def questions(results: Mapping[str, Any], name: str) -> int:
+    """How many questions a task was asked, or all tasks of a group, such as mmlu, were."""
+    if name in results["n-samples"]:
+        return results["n-samples"][name]["effective"]
+    return sum(questions(results, part) for part in results["group_subtasks"].get(name, []))
 
 
 def measures(task: str, results: Mapping[str, Any], count: int, shots: int) -> dict[str, Metric]:

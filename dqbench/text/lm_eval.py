@@ -7,6 +7,7 @@ the pipeline's own sampler. The harness is imported when it is asked for.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,7 @@ from dqbench.text.schedulers import LLaDAScheduler
 class Protocol:
     """How the harness's requests are answered."""
 
-    draws: int  # masks behind a log-likelihood; 128 in the papers, one is enough for a single token
+    draws: int  # masks behind a log-likelihood; 128 in the papers; of a single token one is taken
     batch_size: int
     max_length: int  # of prompt and answer; longer prompts lose their beginning
     check_greedy: bool  # also say whether greedy decoding gives the continuation: one pass for each of its tokens
@@ -44,6 +45,15 @@ def harness_model(pipe: MaskedDiffusionPipeline, protocol: Protocol) -> Any:
     from lm_eval.api.model import LM
 
     return type("MaskedDiffusionLM", (Answers, LM), {})(pipe, protocol)
+
+
+@functools.cache
+def task_index(include: str | None) -> Any:
+    """The harness's TaskManager: its own tasks, and those that the YAML files in the folder `include` describe."""
+    harness()
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=include)
 
 
 def harness() -> Any:
@@ -108,10 +118,10 @@ class Answers:
         return last(prompt, room), target
 
     def _score(self, prompt: list[int], target: list[int]) -> float:
-        """The bound on log p(target | prompt), in nats."""
-        row = torch.tensor([prompt + target])
+        """The bound on log p(target | prompt), in nats. All draws mask a single token alike: one is taken."""
+        row, draws = torch.tensor([prompt + target]), self.protocol.draws if len(target) > 1 else 1
         asked = torch.arange(row.shape[1])[None] >= len(prompt)
-        masks = count_masks(asked, self.protocol.draws, self.protocol.seed)
+        masks = count_masks(asked, draws, self.protocol.seed)
         return -float(nll_bound(self.pipe.model, row, masks, batch_size=self.protocol.batch_size).mean())
 
     def _is_greedy(self, prompt: list[int], target: list[int]) -> bool:

@@ -294,6 +294,30 @@ def test_damaged_and_foreign_checkpoints_are_refused(tmp_path: Path, damage: str
         assert "\n" not in str(caught.value)
 
 
+def test_a_tokenizer_that_tokenizers_itself_refuses_is_told_in_one_line(tmp_path: Path) -> None:
+    """With the tokenizer_config.json of a release, the library raises a plain Exception."""
+    folder = write(tmp_path, "llada")
+    character_tokenizer().save_pretrained(folder)
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match="the tokenizer in .* cannot be read"):
+        CheckpointPipeline.check(folder)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["model.transformer.blocks.1.q_proj.weight", "model.transformer.ff_out.weight"])
+def test_a_tensor_that_is_not_finite_is_named(tmp_path: Path, name: str, value: float) -> None:
+    folder = write(tmp_path, "llada")
+    file = folder / json.loads((folder / INDEX).read_text())["weight_map"][name]
+    tensors = load_file(file)
+    tensors[name][0, 0] = value
+    save_file(tensors, file)
+    checkpoint = open_layers(folder)
+    native = checkpoint.family.native(name)
+    for read in (checkpoint.load, lambda: list(checkpoint.pieces(native))):
+        with pytest.raises(UserError, match=f"{name} holds values that are not finite"):
+            read()
+
+
 def test_other_attention_than_dreams_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="use_sliding_window=True"):
         load_language_model(write(tmp_path, "Dream", use_sliding_window=True))

@@ -232,6 +232,9 @@ def test_loglikelihoods_of_the_adapter(harness: ModuleType) -> None:
     assert len(best) == 6
     assert model.loglikelihood([Request(("ab:", best))])[0][1] is True
     assert language_model(harness, check_greedy=False).loglikelihood([Request(("ab:", best))])[0][1] is False
+    single, _ = model.loglikelihood([Request(("2+2=", "4"))])[0]
+    one, _ = language_model(harness, draws=1).loglikelihood([Request(("2+2=", "4"))])[0]
+    assert single == one  # all draws of a single token are one
     long = model.loglikelihood([Request(("x" * 60 + "2+2=", " 4"))])[0][0]
     assert long == model.loglikelihood([Request(("x" * 14 + "2+2=", " 4"))])[0][0]
     (rolling,) = model.loglikelihood_rolling([Request(("a" * 25,))])

@@ -203,18 +203,23 @@ def test_a_typo_in_a_table_names_its_key(node, complaint):
         read_table(OmegaConf.create(node))
 
 
-def test_a_typo_in_an_axis_is_one_line(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("node", "told"),
+    [
+        ({"mini": {"metod": "fp32,rtn"}}, "metod is unknown; did you mean method? allowed: "),
+        ({"mini": {"method": "fp32"}, "paper": "tfqm"}, "table.paper=tfqm is unknown; allowed: "),
+    ],
+)
+def test_a_typo_in_a_preset_is_one_line_before_anything_starts(node, told, tmp_path, monkeypatch):
     (tmp_path / "sweeps").mkdir()
     params = "${table.${oc.select:scale,mini}}"
-    preset = {"hydra": {"mode": "MULTIRUN", "sweeper": {"params": params}}}
-    preset["table"] = {"caption": "mine", "mini": {"metod": "fp32,rtn"}}
-    text = "# @package _global_\n" + OmegaConf.to_yaml(preset)
-    (tmp_path / "sweeps" / "mine.yaml").write_text(text)
+    preset = {"hydra": {"mode": "MULTIRUN", "sweeper": {"params": params}}, "table": {"caption": "mine", **node}}
+    (tmp_path / "sweeps" / "mine.yaml").write_text("# @package _global_\n" + OmegaConf.to_yaml(preset))
     monkeypatch.setenv("PYTHONPATH", str(data_root()))
     command = [sys.executable, "-m", "dqbench", "+sweeps=mine", "tracking=none", "paths.results=results"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     (line,) = done.stderr.splitlines()
-    assert done.returncode == 2 and line.startswith("dqbench: metod is unknown; did you mean method? allowed: ")
+    assert done.returncode == 2 and line.startswith("dqbench: ") and told in line
     assert not (tmp_path / "results").exists()
 
 

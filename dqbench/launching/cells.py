@@ -40,8 +40,17 @@ class Cells(Callback):
             if processes.launched() > 1:
                 given = "accelerate launch gives several processes to one cell"
                 raise UserError(f"{given}; a sweep starts without it: python -m dqbench -m hydra/launcher=accelerate")
+            check_preset(config)
             configs = [compose(overrides) for overrides in expand([*axes(config), *config.hydra.overrides.task])]
             admit(configs, elsewhere=config.hydra.launcher._target_.endswith(".SlurmLauncher"))
+
+
+def check_preset(config: DictConfig) -> None:
+    """Raise UserError for what a preset says wrongly of the published tables that it stands for."""
+    if name := config.hydra.runtime.choices.get("sweeps"):
+        from dqbench.rendering.presets import paper_preset
+
+        paper_preset(name)
 
 
 def admit(configs: list[DictConfig], elsewhere: bool = False) -> None:

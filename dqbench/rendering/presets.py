@@ -41,12 +41,17 @@ class Preset:
 
 def paper_presets() -> Iterator[Preset]:
     """Those whose `table.paper` names published numbers, by name."""
-    for name in presets():
-        path = locate(name)
-        axes = read_axes(path)
-        if axes is not None and axes.paper:
-            check_words(f"{path}: table.paper", [axes.paper], published.papers())
-            yield checked(Preset(name, axes, published.load(axes.paper)), path)
+    yield from filter(None, map(paper_preset, presets()))
+
+
+def paper_preset(name: str) -> Preset | None:
+    """A preset with the numbers that it names, checked; None where it names none."""
+    path = locate(name)
+    axes = read_axes(path)
+    if axes is None or not axes.paper:
+        return None
+    check_words(f"{path}: table.paper", [axes.paper], published.papers())
+    return checked(Preset(name, axes, published.load(axes.paper)), path)
 
 
 def locate(name: str) -> Path:

@@ -1,6 +1,6 @@
 """The artifacts that cells share: list them, check them, delete them.
 
-python -m dqbench.cache [list] [stage=NAME] [cache=DIR] [json=PATH]
+python -m dqbench.cache [list] [stage=NAME] [results=DIR | cache=DIR] [json=PATH]
 python -m dqbench.cache verify                  every checksum; exit status 1 where an artifact is damaged
 python -m dqbench.cache prune older=30d         what no cell has used for so long (d or h)
 python -m dqbench.cache prune damaged=true      what verify finds; unfinished=true: what killed runs began; all=true
@@ -156,7 +156,9 @@ def read(argv: Sequence[str]) -> tuple[str, dict[str, str]]:
     """The verb and its key=value arguments."""
     verb, *rest = [*argv] if argv and "=" not in argv[0] else ["list", *argv]
     given = dict(part.partition("=")[::2] for part in rest)
-    unknown = [part for part in rest if part.partition("=")[0] not in ("stage", "cache", *KEYS.get(verb, ()))]
+    unknown = [
+        part for part in rest if part.partition("=")[0] not in ("stage", "cache", "results", *KEYS.get(verb, ()))
+    ]
     if verb not in KEYS or unknown:
         raise UserError(f"{unknown[0] if unknown else verb} is not understood; {USAGE}")
     return verb, given
@@ -172,7 +174,7 @@ def main(argv: list[str]) -> None:
     argv, path = split_json(argv)
     verb, given = read(argv)
     fits = wanted(given) if verb == "prune" else lambda entry: True
-    cache = Path(given.get("cache", "results/cache"))
+    cache = Path(given.get("cache") or Path(given.get("results", "results")) / "cache")
     if not cache.is_dir():
         raise UserError(f"{cache} is no folder; give the cache of your runs as cache=DIR (default: results/cache)")
     found = [

@@ -277,7 +277,9 @@ def main(argv: list[str]) -> None:
     console, total = Console(), bill["total"]
     console.print(layer_table(bill["layers"]))
     console.print(total_table(f"{bill['model']}, {cfg.method.get('_target_', '')}", total))
-    console.print(f"{total['params'] / 1e6:.3f} M parameters, {total['macs'] / 1e9:.3f} GMAC conv and linear")
+    quantized = sum(layer["params"] for layer in bill["layers"] if layer["bits"][0] < 32)
+    console.print(f"{total['params'] / 1e6:,.3f} M parameters, {quantized / 1e6:,.3f} M of them in quantized layers")
+    console.print(f"{total['macs'] / 1e9:,.3f} GMAC conv and linear")
     console.print(total["convention"])
     for note in bill["notes"]:
         console.print(note)

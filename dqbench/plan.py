@@ -134,7 +134,11 @@ def summary(cells: Sequence[Planned], free: int) -> list[str]:
             wanted = sum(asked_by[path] for path in paths)
             lines.append(f"{title}: {len(paths)} for {wanted} uses, {there} there already")
     sizes = {path: bytes_ for cell in left for path, bytes_ in cell.artifacts.items() if not path.exists()}
-    lines.append(f"disk: about {sum(sizes.values()) / 1e6:,.0f} MB more in the cache; {free / 1e9:,.1f} GB free")
+    blocked = sum(cell.state == "blocked" for cell in left)
+    unseen = f", without {blocked} cells that cannot start here" if blocked else ""
+    lines.append(
+        f"disk: about {sum(sizes.values()) / 1e6:,.0f} MB more in the cache{unseen}; {free / 1e9:,.1f} GB free"
+    )
     known = [cell.seconds for cell in left if cell.seconds is not None]
     unknown = len(left) - len(known)
     if known:

@@ -52,6 +52,10 @@ def test_every_artifact_is_listed_with_its_bytes_and_age(cache, monkeypatch, tmp
         assert entry["bytes"] == sum(path.stat().st_size for path in Path(entry["folder"]).iterdir())
         assert 0 <= entry["days"] < 0.01 and Path(entry["folder"]).name == entry["key"]
     assert states(cache)["samples.part"] == "unfinished"
+    monkeypatch.setattr(sys, "argv", ["cache", f"results={cache.parent}", f"json={tmp_path / 'same.json'}"])
+    main()
+    keys = [[entry["key"] for entry in json.loads(path.read_text())] for path in (target, tmp_path / "same.json")]
+    assert keys[0] == keys[1]
 
 
 def test_verify_finds_an_altered_file_and_prune_deletes_only_that(cache, monkeypatch, capsys):

@@ -73,7 +73,8 @@ def test_a_checkpoint_that_is_not_here_blocks_a_cell_and_is_not_fetched(tmp_path
     main()
     (cell,) = json.loads(target.read_text())
     assert cell["state"] == "blocked" and "google/ddpm-cifar10-32" in cell["reason"] and cell["bops"] > 1e12 / 8
-    assert "cannot start here: model ddpm_cifar10" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "cannot start here: model ddpm_cifar10" in told and "without 1 cells that cannot start here" in told
 
 
 @pytest.mark.parametrize(

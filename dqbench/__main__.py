@@ -120,7 +120,8 @@ def hydra_main(cfg: DictConfig) -> None:
 def main() -> None:
     """The console script."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us instead of Hydra's own printer
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # whoever asks it to end gets what Ctrl-C gets
+    for number in (signal.SIGINT, signal.SIGTERM):  # also where a script's `&` has SIGINT ignored
+        signal.signal(number, signal.default_int_handler)  # whoever asks it to end gets what Ctrl-C gets
     end_with_launcher()
     logging.raiseExceptions = bool(os.environ.get("DQBENCH_DEBUG"))  # a log file on a full disk is no second problem
     processes.begin()

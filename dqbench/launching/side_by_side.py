@@ -27,6 +27,7 @@ from dqbench.launching.processes import Child, Job, kill, start, terminate
 from dqbench.stages import SHARED
 
 SECONDS_BETWEEN_LOOKS = 0.1
+SECONDS_TO_DIE = 5  # of a killed process, on a machine that is very busy
 
 
 def launch(
@@ -163,6 +164,7 @@ class SideBySide:
                 child.process.poll()
             _, alive = psutil.wait_procs(alive, timeout=SECONDS_BETWEEN_LOOKS)
         kill(alive)
+        psutil.wait_procs(alive, timeout=SECONDS_TO_DIE)
         for child in self.running:
             child.process.wait()
         for right in self.claims.values():

@@ -20,6 +20,7 @@ from scipy import stats
 
 from dqbench import tables
 from dqbench.config import compose, identity, run_id
+from dqbench.errors import UserError
 from dqbench.published import load
 from dqbench.rendering.cells import RunIds, axis, run_ids
 from dqbench.rendering.latex import escape
@@ -202,6 +203,17 @@ def test_run_ids_put_together_are_those_of_composed_cells() -> None:
         whole = [f"+sweeps={preset}", f"scale={scale}", *wanted, f"bits={bits}"]
         expected = [run_id(compose([*whole, seed])) for seed in swept["seed"]]
         assert run_ids(preset, scale, wanted, bits, swept) == expected
+
+
+def test_a_cell_that_leaves_an_axis_open_is_refused() -> None:
+    axes = {"calib": axis("calib", "single,ndtc"), "seed": axis("seed", "0"), "bits": axis("bits", "w8a8")}
+    with pytest.raises(UserError, match="method=ptq4dm leaves calib open"):
+        run_ids("ptq4dm_table3", "mini", ("method=ptq4dm",), "w8a8", axes)
+    one = [
+        run_ids("ptq4dm_table3", "mini", ("method=ptq4dm", f"calib={name}"), "w8a8", axes)
+        for name in ("single", "ndtc")
+    ]
+    assert one[0] != one[1]
 
 
 def test_pages_are_the_same_bytes_from_a_cold_a_warm_and_a_damaged_cache(tmp_path: Path, monkeypatch: Any) -> None:

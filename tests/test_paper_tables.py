@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from dqbench.published import load
 from dqbench.rendering.cells import RunIds, axis, run_ids
 from dqbench.rendering.latex import escape
 from dqbench.rendering.page import Section, render_html
-from dqbench.rendering.presets import paper_presets, read_axes
+from dqbench.rendering.presets import check_closed, paper_presets, read_axes
 from dqbench.results import Row, encode
 
 PRESET = "tfmq_table2"
@@ -205,15 +206,12 @@ def test_run_ids_put_together_are_those_of_composed_cells() -> None:
         assert run_ids(preset, scale, wanted, bits, swept) == expected
 
 
-def test_a_cell_that_leaves_an_axis_open_is_refused() -> None:
-    axes = {"calib": axis("calib", "single,ndtc"), "seed": axis("seed", "0"), "bits": axis("bits", "w8a8")}
-    with pytest.raises(UserError, match="method=ptq4dm leaves calib open"):
-        run_ids("ptq4dm_table3", "mini", ("method=ptq4dm",), "w8a8", axes)
-    one = [
-        run_ids("ptq4dm_table3", "mini", ("method=ptq4dm", f"calib={name}"), "w8a8", axes)
-        for name in ("single", "ndtc")
-    ]
-    assert one[0] != one[1]
+def test_a_method_that_leaves_an_axis_open_is_refused() -> None:
+    (preset,) = (each for each in paper_presets() if each.name == "ptq4dm_table3")
+    check_closed(preset.axes, Path("mine.yaml"))
+    open_ = replace(preset.axes, methods=preset.axes.methods | {"NDTC (PTQ4DM)": "ptq4dm"})
+    with pytest.raises(UserError, match=r"mine.yaml: table.methods: NDTC \(PTQ4DM\): ptq4dm leaves calib open"):
+        check_closed(open_, Path("mine.yaml"))
 
 
 def test_pages_are_the_same_bytes_from_a_cold_a_warm_and_a_damaged_cache(tmp_path: Path, monkeypatch: Any) -> None:

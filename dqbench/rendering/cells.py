@@ -12,7 +12,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from dqbench.config import Bits, compose, data_root, digest, expand, run_id
-from dqbench.errors import UserError, check_choice
+from dqbench.errors import check_choice
 from dqbench.results import atomic_write
 
 Axes = Mapping[str, Sequence[str]]  # key -> overrides of it
@@ -84,11 +84,8 @@ def bits_file(name: str) -> Path:
 
 
 def run_ids(preset: str, scale: str, wanted: tuple[str, ...], bits: str, axes: Axes) -> list[str]:
-    """The run ids of a cell, one per seed; UserError where `wanted` leaves open which of an axis's values is meant."""
+    """The run ids of a cell, one per seed. Axes that `wanted` leaves open, as full precision may, take their first."""
     taken = {*map(key_of, wanted), "bits", "seed"}
-    unclear = [key for key, overrides in axes.items() if key not in taken and len(overrides) > 1]
-    if unclear and "method=fp32" not in wanted:  # full precision is the same whatever the others say
-        raise UserError(f"sweeps/{preset}.yaml: table.methods: {' '.join(wanted)} leaves {', '.join(unclear)} open")
     rest = [overrides[0] for key, overrides in axes.items() if key not in taken]
     own = any(override.startswith("bits.") for override in (*wanted, *rest))  # then bits cannot be put in afterwards
     cfg = composed(preset, scale, (*rest, *([f"bits={bits}"] if own else []), *wanted))

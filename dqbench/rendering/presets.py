@@ -84,7 +84,21 @@ def checked(preset: Preset, path: Path) -> Preset:
     }
     for key, words in allowed.items():
         check_words(f"{path}: table.{key}", getattr(preset.axes, key), words)
+    check_closed(preset.axes, path)
     return preset
+
+
+def check_closed(axes: Table, path: Path) -> None:
+    """Raise UserError for a method that leaves open at which value of an axis it stands.
+
+    Setting and bits are the published column's and row's; seeds are averaged.
+    """
+    swept = {key for scale in SCALES for key, value in (getattr(axes, scale) or {}).items() if "," in str(value)}
+    for name, value in axes.methods.items():
+        wanted = axes.overrides(name)
+        left = swept - {"setting", "bits", "seed"} - {override.partition("=")[0] for override in wanted}
+        if left and wanted != ["method=fp32"]:  # full precision is the same wherever it stands
+            raise UserError(f"{path}: table.methods: {name}: {value} leaves {', '.join(sorted(left))} open")
 
 
 def names(row: PublishedRow) -> list[str]:

@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 
 from dqbench.config import command, compose, run_id, split_json
 from dqbench.errors import UserError
-from dqbench.estimates import Note, seconds
+from dqbench.forecast import Note, seconds
 from dqbench.launching.cells import is_finished
 from dqbench.launching.checks import check
 from dqbench.launching.table import sweep

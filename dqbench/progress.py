@@ -36,7 +36,7 @@ def track(items: Iterable[Item], description: str, total: int, done: int = 0) ->
     return _lines(_told(items, description, total, done), description, total, done)
 
 
-def tell(stage: str, done: int = 0, total: int | None = None) -> None:
+def tell_launcher(stage: str, done: int = 0, total: int | None = None) -> None:
     """Let the launcher know what this cell does. Without a launcher, and in a group's other processes, nothing."""
     if not (name := os.environ.get(STATUS)) or os.environ.get("RANK", "0") != "0":
         return
@@ -50,11 +50,11 @@ def _told(items: Iterable[Item], description: str, total: int, done: int) -> Ite
     told = float("-inf")
     for item in items:
         if (now := time.monotonic()) - told >= SECONDS_BETWEEN_STATUSES:
-            tell(description, done, total)
+            tell_launcher(description, done, total)
             told = now
         yield item
         done += _size(item)
-    tell(description, done, total)
+    tell_launcher(description, done, total)
 
 
 def _lines(items: Iterable[Item], description: str, total: int, done: int) -> Iterator[Item]:

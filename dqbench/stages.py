@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 
 from dqbench import processes
 from dqbench.config import digest
-from dqbench.progress import tell
+from dqbench.progress import tell_launcher
 from dqbench.results import atomic_write
 
 log = logging.getLogger(__name__)
@@ -132,7 +132,7 @@ def taking_turns(root: Path, name: str) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         log.info("waiting: another process works on %s", name)
-        tell("waiting for another cell")
+        tell_launcher("waiting for another cell")
         lock.acquire()
     try:
         yield

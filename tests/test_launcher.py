@@ -23,13 +23,13 @@ from accelerate.commands.launch import launch_command_parser
 import dqbench.__main__ as cli
 from dqbench.config import compose, data_root, register, run_id
 from dqbench.errors import UserError
-from dqbench.launching import processes, side_by_side
+from dqbench.launching import children, command, side_by_side
 from dqbench.launching.board import board, standing
 from dqbench.launching.cells import run_folder
-from dqbench.launching.command import cell_command, cell_overrides
+from dqbench.launching.children import Child
+from dqbench.launching.command import Job, cell_command, cell_overrides
 from dqbench.launching.lifeline import LAUNCHER
 from dqbench.launching.pool import Options, Slot, environment, find_slots, read_options, slots, visible
-from dqbench.launching.processes import Child, Job
 from dqbench.models import ZOO
 from dqbench.progress import STATUS, track
 
@@ -143,7 +143,7 @@ def test_a_cell_keeps_the_sweeps_overrides_and_its_name_as_group() -> None:
 
 def test_a_cell_named_twice_is_one_job_and_sharers_start_late() -> None:
     own = [[f"seed={seed}", f"method={method}", "debug=tiny"] for seed in (0, 1) for method in ("fp32", "rtn", "fp32")]
-    jobs = side_by_side.jobs_of(sweep_config("hydra.mode=MULTIRUN"), own, [compose(given) for given in own])
+    jobs = command.jobs_of(sweep_config("hydra.mode=MULTIRUN"), own, [compose(given) for given in own])
     assert [job.label for job in jobs] == [f"seed={seed} method={m}" for seed in (0, 1) for m in ("fp32", "rtn")]
     first = [job.label for job in side_by_side.spread(jobs)]
     assert first == [f"seed={seed} method={method}" for method in ("fp32", "rtn") for seed in (0, 1)]
@@ -155,7 +155,7 @@ def test_a_cell_named_twice_is_one_job_and_sharers_start_late() -> None:
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """run({name: program}, *slots) runs programs as cells would be, in tmp_path -> the results folder."""
-    monkeypatch.setattr(processes, "cell_command", lambda overrides, count: [sys.executable, "-c", *overrides])
+    monkeypatch.setattr(children, "cell_command", lambda overrides, count: [sys.executable, "-c", *overrides])
     monkeypatch.chdir(tmp_path)
     logging.getLogger("dqbench").setLevel(logging.INFO)
 

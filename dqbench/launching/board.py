@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Column
 
-from dqbench.launching.processes import Child, Job
+from dqbench.launching.children import Child
+from dqbench.launching.command import Job
 
 SECONDS_BETWEEN_LINES = 60
 LABEL, STAGE = 48, 28  # characters of a terminal's line

@@ -15,30 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from omegaconf import DictConfig
 
-from dqbench.launching.cells import run_folder
-from dqbench.launching.command import cell_command
+from dqbench.launching.command import Job, cell_command
 from dqbench.launching.lifeline import LAUNCHER
 from dqbench.launching.pool import Slot
 from dqbench.progress import STATUS
-
-LOG = "process.log"  # in the run's folder: all that its processes print; dqbench.log beside it has the tracebacks
-
-
-@dataclass(frozen=True)
-class Job:
-    """A cell that is to run. label: what sets it apart from the sweep's other cells."""
-
-    name: str
-    cfg: DictConfig
-    overrides: list[str]
-    label: str
-
-    @property
-    def log(self) -> Path:
-        """Where its processes print."""
-        return run_folder(self.cfg) / LOG
 
 
 @dataclass(frozen=True)
@@ -54,7 +35,7 @@ class Child:
 
     @property
     def status(self) -> dict[str, Any]:
-        """{stage, done, total} as progress.tell() left it; empty before the first."""
+        """{stage, done, total} as progress.tell_launcher() left it; empty before the first."""
         try:
             return json.loads(self.status_file.read_text())
         except (OSError, ValueError):

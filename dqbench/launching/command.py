@@ -1,14 +1,22 @@
-"""One cell of a sweep as a command line, for launchers that give it a process or a process group of its own."""
+"""The cells of a sweep as command lines, for launchers that give each a process or a process group of its own."""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig
 
+from dqbench.config import run_id
+from dqbench.launching.cells import run_folder
 from dqbench.tracking import sweep_name
+
+LOG = "process.log"  # in the run's folder: all that its processes print; dqbench.log beside it has the tracebacks
 
 ACCELERATE = {  # every choice that would otherwise come from the user's own accelerate configuration
     "num_machines": "1",
@@ -17,6 +25,21 @@ ACCELERATE = {  # every choice that would otherwise come from the user's own acc
     "dynamo_backend": "no",
     "main_process_port": "0",  # a free one
 }
+
+
+@dataclass(frozen=True)
+class Job:
+    """A cell that is to run. label: what sets it apart from the sweep's other cells."""
+
+    name: str
+    cfg: DictConfig
+    overrides: list[str]
+    label: str
+
+    @property
+    def log(self) -> Path:
+        """Where its processes print."""
+        return run_folder(self.cfg) / LOG
 
 
 def cell_command(overrides: Sequence[str], processes: int = 1) -> list[str]:
@@ -41,3 +64,22 @@ def cell_overrides(sweep: DictConfig, overrides: Sequence[str], cfg: DictConfig)
     HydraConfig.instance().set_config(sweep)
     grouped = "group" not in cfg.tracking or cfg.tracking.group is not None
     return [*of_hydra, *overrides, *([] if grouped else [f"tracking.group={sweep_name(cfg)}"])]
+
+
+def jobs_of(sweep: DictConfig, overrides: Sequence[Sequence[str]], configs: Sequence[DictConfig]) -> list[Job]:
+    """A job per run id; axes that a method ignores name a cell twice."""
+    common = set.intersection(*map(set, overrides)) if len(overrides) > 1 else set()
+    jobs: dict[str, Job] = {}
+    for given, cfg in zip(overrides, configs, strict=True):
+        label = " ".join(line for line in given if line not in common) or "the default"
+        name = run_id(cfg)
+        jobs.setdefault(name, Job(name, cfg, cell_overrides(sweep, given, cfg), label))
+    return list(jobs.values())
+
+
+def returned(overrides: Sequence[Sequence[str]], configs: Sequence[DictConfig]) -> list[JobReturn]:
+    """What Hydra is told: every cell is COMPLETED, or it would stop the sweep; rows decide about the exit status."""
+    return [
+        JobReturn(overrides=list(given), cfg=cfg, status=JobStatus.COMPLETED, working_dir=os.getcwd())
+        for given, cfg in zip(overrides, configs, strict=True)
+    ]

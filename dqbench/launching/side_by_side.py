@@ -15,15 +15,15 @@ from pathlib import Path
 
 import psutil
 from filelock import FileLock, Timeout
-from hydra.core.utils import JobReturn, JobStatus, configure_log
+from hydra.core.utils import JobReturn, configure_log
 from omegaconf import DictConfig
 
-from dqbench.config import digest, one_line, plain, run_id
+from dqbench.config import digest, one_line, plain
 from dqbench.launching.board import Board, board
 from dqbench.launching.cells import cells, is_finished, run_folder
-from dqbench.launching.command import cell_overrides
+from dqbench.launching.children import Child, kill, start, terminate
+from dqbench.launching.command import Job, jobs_of, returned
 from dqbench.launching.pool import Slot, cores, environment
-from dqbench.launching.processes import Child, Job, kill, start, terminate
 from dqbench.stages import SHARED
 
 SECONDS_BETWEEN_LOOKS = 0.1
@@ -33,8 +33,7 @@ SECONDS_TO_DIE = 5  # of a killed process, on a machine that is very busy
 def launch(
     sweep: DictConfig, overrides: Sequence[Sequence[str]], first: int, slots: Sequence[Slot], grace: float
 ) -> list[JobReturn]:
-    """Run the sweep's cells first, first + 1, ... of launching.cells. A cell that fails is told, and none the less
-    COMPLETED for Hydra, which would stop the sweep; whether its row is there decides about the exit status."""
+    """Run the sweep's cells first, first + 1, ... of launching.cells. A cell that fails is told."""
     configure_log(sweep.hydra.hydra_logging, sweep.hydra.verbose)
     logging.getLogger("dqbench").setLevel(logging.INFO)
     configs = cells[first : first + len(overrides)]
@@ -43,21 +42,7 @@ def launch(
     slots = slots[: len(pending)]
     with tempfile.TemporaryDirectory(prefix="dqbench-") as statuses, board(len(pending)) as shown:
         SideBySide(spread(pending), list(slots), shown, Path(statuses), grace).run()
-    return [
-        JobReturn(overrides=list(given), cfg=cfg, status=JobStatus.COMPLETED, working_dir=os.getcwd())
-        for given, cfg in zip(overrides, configs, strict=True)
-    ]
-
-
-def jobs_of(sweep: DictConfig, overrides: Sequence[Sequence[str]], configs: Sequence[DictConfig]) -> list[Job]:
-    """A job per run id; axes that a method ignores name a cell twice."""
-    common = set.intersection(*map(set, overrides)) if len(overrides) > 1 else set()
-    jobs: dict[str, Job] = {}
-    for given, cfg in zip(overrides, configs, strict=True):
-        label = " ".join(line for line in given if line not in common) or "the default"
-        name = run_id(cfg)
-        jobs.setdefault(name, Job(name, cfg, cell_overrides(sweep, given, cfg), label))
-    return list(jobs.values())
+    return returned(overrides, configs)
 
 
 def spread(jobs: Iterable[Job]) -> list[Job]:

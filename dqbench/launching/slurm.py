@@ -15,17 +15,16 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from hydra.core.utils import JobReturn, JobStatus, configure_log
+from hydra.core.utils import JobReturn, configure_log
 from omegaconf import DictConfig
 from rich.console import Console
 from submitit import SlurmExecutor
 from submitit.core.utils import FailedJobError, FailedSubmissionError, JobPaths
 
-from dqbench.config import run_id
 from dqbench.errors import UserError
-from dqbench.launching import squeue
+from dqbench.launching import command, squeue
 from dqbench.launching.cells import cells, is_finished, run_folder
-from dqbench.launching.command import cell_overrides
+from dqbench.launching.command import jobs_of, returned
 from dqbench.launching.slurm_options import Options, parameters
 from dqbench.launching.slurm_task import Task
 from dqbench.results import atomic_write
@@ -61,36 +60,23 @@ class Job:
 
 
 def launch(sweep: DictConfig, overrides: Sequence[Sequence[str]], first: int, options: Options) -> list[JobReturn]:
-    """Run the sweep's cells first, first + 1, ... of launching.cells. A cell that fails is told, and none the less
-    COMPLETED for Hydra, which would stop the sweep; whether its row is there decides about the exit status."""
+    """Run the sweep's cells first, first + 1, ... of launching.cells. A cell that fails is told."""
     configure_log(sweep.hydra.hydra_logging, sweep.hydra.verbose)
     logging.getLogger("dqbench").setLevel(logging.INFO)
     configs = cells[first : first + len(overrides)]
-    jobs = jobs_of(sweep, overrides, configs, options)
+    jobs = [to_job(cell, options) for cell in jobs_of(sweep, overrides, configs)]
     pending = [job for job in jobs if job.cfg.runtime.force or not is_finished(job.cfg)]
     with letting_go(pending, options.on_interrupt):
         join(pending)
         submit([job for job in pending if not job.id], options)
         watch(pending, options.poll_s)
-    return [
-        JobReturn(overrides=list(given), cfg=cfg, status=JobStatus.COMPLETED, working_dir=os.getcwd())
-        for given, cfg in zip(overrides, configs, strict=True)
-    ]
+    return returned(overrides, configs)
 
 
-def jobs_of(
-    sweep: DictConfig, overrides: Sequence[Sequence[str]], configs: Sequence[DictConfig], options: Options
-) -> list[Job]:
-    """A job per run id; axes that a method ignores name a cell twice."""
-    common = set.intersection(*map(set, overrides)) if len(overrides) > 1 else set()
-    processes = options.processes or max(1, options.gpus)
-    jobs: dict[str, Job] = {}
-    for given, cfg in zip(overrides, configs, strict=True):
-        label = " ".join(line for line in given if line not in common) or "the default"
-        task = Task(cell_overrides(sweep, given, cfg), processes, os.getcwd())
-        root = Path(cfg.paths.results).absolute() / ".slurm"
-        jobs.setdefault(run_id(cfg), Job(run_id(cfg), cfg, label, task, root))
-    return list(jobs.values())
+def to_job(cell: command.Job, options: Options) -> Job:
+    """A cell as a task of Slurm."""
+    task = Task(cell.overrides, options.processes or max(1, options.gpus), os.getcwd())
+    return Job(cell.name, cell.cfg, cell.label, task, Path(cell.cfg.paths.results).absolute() / ".slurm")
 
 
 def join(jobs: Sequence[Job]) -> None:

@@ -66,7 +66,7 @@ class Planned:
 
     run_id: str
     overrides: list[str]
-    state: str  # done | published | to run | blocked
+    state: str  # done | has a row (without its files here, or forced) | to run | blocked
     reason: str | None  # why it could not start here
     bops: int
     size_bytes: int
@@ -96,7 +96,7 @@ def planned(name: str, overrides: list[str], cfg: DictConfig, past: Sequence[Row
     if is_finished(cfg) and not cfg.runtime.force:
         return Planned(name, overrides, "done", None, total["bops"], total["size_bytes"], 0.0, {})
     asked, reason = walk(cfg)
-    state = "blocked" if reason else "published" if name in {row.run_id for row in past} else "to run"
+    state = "blocked" if reason else "has a row" if name in {row.run_id for row in past} else "to run"
     sizes = {path: note.bytes(total["params"]) for path, note in asked.items()}
     new = [asked[path] for path in asked if path not in built and not path.exists()]
     built |= asked.keys()
@@ -124,8 +124,8 @@ def summary(cells: Sequence[Planned], free: int) -> list[str]:
     """What a person wants to know before starting."""
     left = [cell for cell in cells if cell.state != "done"]
     asked_by = Counter(path for cell in left for path in cell.artifacts)
-    there = sum(cell.state == "published" for cell in left)
-    told = f", {there} of them with a published row" if there else ""
+    there = sum(cell.state == "has a row" for cell in left)
+    told = f", {there} of them with a row already" if there else ""
     lines = [f"{len(cells)} cells: {len(cells) - len(left)} done, {len(left)} to run{told}"]
     for stage, title in SHOWN.items():
         paths = [path for path in asked_by if path.parent.name == stage]

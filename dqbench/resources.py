@@ -11,16 +11,20 @@ from pathlib import Path
 import torch
 from torch import nn
 
-SMALL = 10_000_000  # parameters: below, threads wait for each other longer than they compute
+SMALL = 10_000_000  # parameters of a convolutional network: below, threads wait longer than they compute
 ALL_THREADS = torch.get_num_threads()  # what torch chose when the process began
 M_MMAP_THRESHOLD, LARGE = -3, 2**20  # of malloc.h; bytes
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def set_threads(wanted: int | None, network: nn.Module) -> None:
-    """Use `wanted` CPU threads; None: one for a small network, else what torch chose when the process began."""
+    """Use `wanted` CPU threads; None: one for a small convolutional network, else what torch chose at the start.
+
+    The matrix products of a language model of the same size, over thousands of tokens at once, do divide well.
+    """
+    convolves = any(isinstance(module, nn.Conv2d) for module in network.modules())
     small = sum(parameter.numel() for parameter in network.parameters()) < SMALL
-    torch.set_num_threads(wanted or (1 if small else ALL_THREADS))
+    torch.set_num_threads(wanted or (1 if convolves and small else ALL_THREADS))
 
 
 def full_float32() -> None:

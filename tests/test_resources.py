@@ -22,14 +22,14 @@ def _as_before():
         place.allow_tf32 = value
 
 
-def test_a_large_network_gets_all_threads_back_after_a_small_one(monkeypatch):
+def test_a_large_network_and_one_without_convolutions_get_all_threads_back_after_a_small_one(monkeypatch):
     monkeypatch.setattr(resources, "ALL_THREADS", 3)
-    small, large = nn.Linear(2, 2), nn.Linear(resources.SMALL, 1, device="meta")
-    found = []
-    for wanted, network in ((None, small), (None, large), (2, small), (2, large), (None, large)):
+    small, large = nn.Conv2d(2, 2, 1), nn.Conv2d(resources.SMALL, 1, 1, device="meta")
+    found, asked = [], ((None, small), (None, large), (2, small), (2, large), (None, small), (None, nn.Linear(2, 2)))
+    for wanted, network in asked:
         set_threads(wanted, network)
         found.append(torch.get_num_threads())
-    assert found == [1, 3, 2, 2, 3]
+    assert found == [1, 3, 2, 2, 1, 3]
 
 
 @pytest.mark.skipif(not resources.CLEAR.exists(), reason="the kernel cannot restart the peak")

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from bench import memory, streamed
 from bench.table import show
-from dqbench.config import command, split_json
+from dqbench.commands import command, split_json
 from dqbench.errors import UserError
 
 TITLE = "CPU time, one thread, medians of interleaved turns; plain: tests/reference"

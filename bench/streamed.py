@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.table import AT_MOST, Ratio
-from dqbench.config import command, split_json
+from dqbench.commands import command, split_json
 from dqbench.errors import UserError
 
 DEFAULTS = {

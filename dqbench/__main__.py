@@ -20,8 +20,10 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from dqbench import processes
-from dqbench.config import data_root, exit_status, one_line, register, run_id
-from dqbench.errors import UserError
+from dqbench.commands import exit_status
+from dqbench.config import data_root, register
+from dqbench.errors import UserError, one_line
+from dqbench.identity import run_id
 from dqbench.launching.cells import cells, is_finished, run_folder
 from dqbench.launching.explain import explain
 from dqbench.launching.lifeline import end_with_launcher

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dqbench.config import command, split_json
+from dqbench.commands import command, split_json
 from dqbench.errors import UserError
 from dqbench.stages import VERSIONS, find_damage
 

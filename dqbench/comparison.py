@@ -8,7 +8,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from dqbench.config import digest
+from dqbench.identity import digest
 from dqbench.results import Row
 
 HOW = ("units", "official_order", "shortcuts", "time_embedding")  # of a model: how it is quantized, not what it is

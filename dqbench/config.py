@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import json
-import os
 import pkgutil
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +12,9 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dqbench.errors import UserError
-from dqbench.processes import tell
+from dqbench.errors import UserError, one_line
+from dqbench.identity import run_id
 
-NOT_HASHED = ("hydra", "tracking", "paths", "runtime", "table", "scale", "debug", "base", "published")
-THROUGHPUT = {"sampler": ("batch_size",), "metrics": ("batch_size", "protocol.batch_size")}  # speed, not the result
-ADDED = {"calib": ("mask",)}  # keys that came after the first rows: not hashed where they are null
 OFF = (16, 32)  # bit-widths that mean "not quantized"
 
 
@@ -175,53 +166,6 @@ def data_root() -> Path:
     return package.parent if (package.parent / "conf" / "config.yaml").exists() else package
 
 
-def identity(cfg: DictConfig) -> dict[str, Any]:
-    """What a run's numbers depend on: the resolved config without NOT_HASHED and THROUGHPUT.
-
-    Of a file with weights of a metric only the name counts, not the folder it lies in.
-    """
-    content = {key: hashed(key, cfg._get_node(key)) for key in cfg if key not in NOT_HASHED}
-    for group, keys in THROUGHPUT.items():
-        content[group] = without(content[group], keys)
-    if weights := content["metrics"].get("weights"):
-        content["metrics"]["weights"] = Path(weights).name
-    return content
-
-
-def without(content: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
-    """`content` without `keys`; a.b is the key b of the mapping content[a], where that is one."""
-    left = {key: value for key, value in content.items() if key not in keys}
-    for key, value in left.items():
-        inner = [dotted.removeprefix(f"{key}.") for dotted in keys if dotted.startswith(f"{key}.")]
-        left[key] = without(value, inner) if inner and isinstance(value, dict) else value
-    return left
-
-
-def hashed(group: str, node: Any) -> Any:
-    """plain(node) without keys of ADDED that are null, so that a new key leaves the names of earlier rows alone."""
-    content = plain(node)
-    unset = [key for key in ADDED.get(group, ()) if content.get(key) is None]
-    return {key: value for key, value in content.items() if key not in unset} if unset else content
-
-
-def plain(node: Any) -> Any:
-    """Resolved plain containers of an OmegaConf node or value."""
-    if OmegaConf.is_config(node):
-        return OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
-    return node._value() if hasattr(node, "_value") else node
-
-
-def digest(content: Any) -> str:
-    """12 hex digits of the SHA-256 of canonical JSON."""
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def run_id(cfg: DictConfig) -> str:
-    """The run's name: digest of identity(cfg)."""
-    return digest(identity(cfg))
-
-
 def build(node: DictConfig) -> Any:
     """Validate `node` against its `_target_` dataclass (keys, types, nothing missing), then construct it.
 
@@ -264,42 +208,3 @@ def expand(overrides: list[str]) -> Iterator[list[str]]:
     parsed = OverridesParser.create().parse_overrides(overrides=overrides)
     for batch in BasicSweeper.split_arguments(parsed, max_batch_size=None):
         yield from (list(cell) for cell in batch)
-
-
-def split_json(argv: list[str]) -> tuple[list[str], Path | None]:
-    """Split `json=PATH` off a reporting command's arguments."""
-    targets = [Path(arg.removeprefix("json=")) for arg in argv if arg.startswith("json=")]
-    return [arg for arg in argv if not arg.startswith("json=")], targets[-1] if targets else None
-
-
-def one_line(error: BaseException) -> str:
-    """The message of an error as one line."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-@contextmanager
-def exit_status() -> Iterator[None]:
-    """Turn what a user can mend into one line on stderr and exit status 2. DQBENCH_DEBUG=1 keeps the traceback."""
-    from hydra.errors import HydraException
-    from yaml import YAMLError
-
-    from dqbench.launching.explain import explain
-
-    try:
-        yield
-    except (UserError, HydraException, OmegaConfBaseException, YAMLError) as error:
-        if os.environ.get("DQBENCH_DEBUG"):
-            raise
-        tell(explain(error))
-        sys.exit(2)
-
-
-def command(main: Callable[[list[str]], None]) -> Callable[[], None]:
-    """Make a reporting command of `main(argv)`: bad input is one line and status 2."""
-
-    @functools.wraps(main)
-    def wrapped() -> None:
-        with exit_status():
-            main(sys.argv[1:])
-
-    return wrapped

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from dqbench.config import Bits, build, command, compose, split_json
+from dqbench.commands import command, split_json
+from dqbench.config import Bits, build, compose
 from dqbench.launching.checks import check
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from dqbench.config import command, data_root, split_json
+from dqbench.commands import command, split_json
+from dqbench.config import data_root
 from dqbench.errors import UserError
 
 GB = 1e9

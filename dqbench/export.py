@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from dqbench.config import ADDED, Config, command, compose, plain, split_json
+from dqbench.commands import command, split_json
+from dqbench.config import Config, compose
 from dqbench.errors import UserError, check_choice
+from dqbench.identity import ADDED, plain
 from dqbench.launching.checks import check
 from dqbench.load import PACKED, held, lines, read_manifest
 from dqbench.results import Row, atomic_write, rows, select

@@ -10,7 +10,8 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dqbench.config import Model, Sampler, command, split_json
+from dqbench.commands import command, split_json
+from dqbench.config import Model, Sampler
 from dqbench.errors import UserError
 
 if TYPE_CHECKING:

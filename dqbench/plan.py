@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from dqbench.config import command, compose, run_id, split_json
+from dqbench.commands import command, split_json
+from dqbench.config import compose
 from dqbench.errors import UserError
 from dqbench.forecast import Note, seconds
+from dqbench.identity import run_id
 from dqbench.launching.cells import is_finished
 from dqbench.launching.checks import check
 from dqbench.launching.table import sweep

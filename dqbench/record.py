@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dqbench import cost
-from dqbench.config import identity, run_id
 from dqbench.diagnostics import save_curves
+from dqbench.identity import identity, run_id
 from dqbench.metrics.base import Metric, difference
 from dqbench.models import denoiser, input_shapes
 from dqbench.provenance import provenance, stamp

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from dqbench.config import command, split_json
+from dqbench.commands import command, split_json
 from dqbench.errors import UserError
 
 SCHEMA = 1  # of row.json; bumped when a reader of the old form would misread the new one

@@ -16,7 +16,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from dqbench import processes
 from dqbench.calibration import CalibrationSet
-from dqbench.config import THROUGHPUT, build, compose, digest, hashed, plain, run_id, without
+from dqbench.config import build, compose
+from dqbench.identity import THROUGHPUT, digest, hashed, plain, run_id, without
 from dqbench.launching.checks import check
 from dqbench.launching.preflight import choose_device, meet, preflight
 from dqbench.methods.fp32 import FP32

@@ -23,7 +23,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from dqbench import processes
-from dqbench.config import digest
+from dqbench.identity import digest
 from dqbench.progress import tell_launcher
 from dqbench.results import atomic_write
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from dqbench.comparison import in_order, label, spell
-from dqbench.config import build, digest, run_id
+from dqbench.config import build
+from dqbench.identity import digest, run_id
 from dqbench.launching.cells import run_folder
 from dqbench.metrics.text import ordered
 from dqbench.results import Row, atomic_write, finished, rows

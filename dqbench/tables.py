@@ -22,9 +22,10 @@ from dqbench.claims.page import NAME, paths, run_ids
 from dqbench.claims.page import write as write_claims
 from dqbench.claims.section import TITLE, html
 from dqbench.claims.section import told as told_claims
+from dqbench.commands import command, split_json
 from dqbench.comparison import Flat, in_order, label, settings, settings_apart, spell, title
-from dqbench.config import command, digest, split_json
 from dqbench.errors import UserError
+from dqbench.identity import digest
 from dqbench.metrics.base import mean_interval
 from dqbench.metrics.text import decimals, ordered, quantity
 from dqbench.rendering.page import Section, render_html

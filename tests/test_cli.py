@@ -6,9 +6,11 @@ import errno
 import json
 import logging
 import os
+import runpy
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -286,6 +288,17 @@ def test_help_tells_what_can_be_chosen(run: Run) -> None:
     assert (status, err) == (0, [])
     assert "qdiffusion*" in out and "w4a8*" in out and "130 interrupted" in out and "Powered by Hydra" not in out
     assert max(map(len, out.splitlines())) <= 132 and "${" not in out
+
+
+SMALL = ("cache", "claims", "cost", "doctor", "export", "load", "plan", "results", "studies.iso_bits", "tables")
+
+
+@pytest.mark.parametrize("name", [*SMALL, "studies.rate_distortion"])
+def test_help_of_the_small_commands_is_how_they_are_called(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [name, "-h"])
+    with warnings.catch_warnings(action="ignore"):  # that the module has been imported before
+        runpy.run_module(f"dqbench.{name}", run_name="__main__", alter_sys=True)
+    assert f"python -m dqbench.{name}" in capsys.readouterr().out
 
 
 def test_a_sweep_that_names_a_study_ends_in_its_pages(monkeypatch, tmp_path):

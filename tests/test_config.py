@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from dqbench.config import build, compose, exit_status, expand, identity, run_id
+from dqbench.commands import exit_status
+from dqbench.config import build, compose, expand
 from dqbench.errors import UserError
+from dqbench.identity import identity, run_id
 from dqbench.launching.checks import check, check_range
 
 CONF = Path(__file__).parents[1] / "conf"

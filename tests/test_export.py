@@ -23,9 +23,10 @@ from safetensors.torch import load_file, save_file
 
 from dqbench import cost, export, load
 from dqbench.calibration import CalibrationSet
-from dqbench.config import Bits, build, compose, plain
+from dqbench.config import Bits, build, compose
 from dqbench.errors import UserError
 from dqbench.export import config_of, save_packed
+from dqbench.identity import plain
 from dqbench.load import from_packed, held, lines, read_manifest, read_network
 from dqbench.models import UnconditionalPipeline, denoiser
 from dqbench.quant import container, packing

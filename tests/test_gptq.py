@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from dqbench.config import Bits
 from dqbench.errors import UserError
 from dqbench.quant.awq import fold, foldable, search_scale
+from dqbench.quant.calls import call_of, stages_of
 from dqbench.quant.compensation import Curvature, Damping, RoundedBlock, compensate, round_columns, spans_of
 from dqbench.quant.hessian import InputStatistics, rows_of
 from dqbench.quant.quantizers import choose
-from dqbench.quant.sequential import call_of, stages_of
 from dqbench.quant.storage import stored_bits, unpack
 from tests.test_quant_dllm import OFF, correlated, gauss, logits_error, method, text_calibration, text_pipeline
 from tests.tiny import calibration, pipeline

@@ -21,8 +21,9 @@ import pytest
 from accelerate.commands.launch import launch_command_parser
 
 import dqbench.__main__ as cli
-from dqbench.config import compose, data_root, register, run_id
+from dqbench.config import compose, data_root, register
 from dqbench.errors import UserError
+from dqbench.identity import run_id
 from dqbench.launching import children, command, side_by_side
 from dqbench.launching.board import board, standing
 from dqbench.launching.cells import run_folder

@@ -20,8 +20,9 @@ from PIL import Image
 from scipy import stats
 
 from dqbench import tables
-from dqbench.config import compose, identity, run_id
+from dqbench.config import compose
 from dqbench.errors import UserError
+from dqbench.identity import identity, run_id
 from dqbench.published import load
 from dqbench.rendering.cells import RunIds, axis, run_ids
 from dqbench.rendering.latex import escape
@@ -170,6 +171,8 @@ def test_another_protocol_is_no_reproduction_and_says_so(tmp_path: Path, monkeyp
 
 def test_differences_are_those_of_config_and_metric(mini: Path) -> None:
     texts = entry(mini, "TFMQ-DM", 4, 8)["mini_differences"]
+    assert "measure of fid" in texts and "measure of sfid" not in texts
+    assert "measure of fid" not in entry(mini, "TFMQ-DM", 4, 8, metric="sfid")["mini_differences"]
     for told in ("model: LDM-4 lsun_beds256, LSUN-Bedrooms, 256x256 → digits_ddpm", "steps: 200 → 50", "eta: 1 → 0"):
         assert told in texts
     assert "fd_digits by e; frechet; torch-fidelity 0.4.0, reference r" in texts and "sampler" not in texts
@@ -353,6 +356,7 @@ def fails(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         ("paper: tfmq", "paper: tfqm", "paper=tfqm is unknown; allowed: "),
         ("TFMQ-DM: tfmq", "TFMQDM: tfmq", "table.methods=TFMQDM is unknown; allowed: FP, PTQ"),
         ("metrics: {fid: fid", "metrics: {fdi: fid", "table.metrics=fdi is unknown; allowed: "),
+        ("{fid: fd_digits", "{fid: fd_digitz", "table.mini_metrics=fd_digitz is unknown; allowed: fd_digits, "),
         ("caption:", "captoin:", "captoin"),
         ("table:", "table: [", "is no preset: "),
     ],
@@ -364,7 +368,7 @@ def test_a_preset_with_a_typo_is_one_line(tmp_path: Path, monkeypatch: Any, caps
     (tmp_path / "sweeps").mkdir()
     (tmp_path / "sweeps" / "mine.yaml").write_text(text.replace(old, new, 1))
     (tmp_path / "results").mkdir()
-    (tmp_path / "results" / "rows.jsonl").write_text(json.dumps(encode(full())) + "\n")
+    (tmp_path / "results" / "rows.jsonl").write_text("".join(json.dumps(encode(each)) + "\n" for each in some()))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("dqbench.rendering.presets.presets", lambda: ["mine"])
     line = fails(tmp_path / "results", monkeypatch, capsys)

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 import dqbench
-from dqbench.config import compose, run_id
+from dqbench.config import compose
+from dqbench.identity import run_id
 from dqbench.launching.table import sweep as cells_of
 from dqbench.plan import clock, main, plan, summary
 

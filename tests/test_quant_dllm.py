@@ -17,23 +17,22 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 
 from dqbench.calibration import CalibrationSet
-from dqbench.config import Bits, Model, build, compose, plain
+from dqbench.config import Bits, Model, build, compose
 from dqbench.errors import UserError
+from dqbench.identity import plain
 from dqbench.models import attach_anatomy
 from dqbench.quant import packing
 from dqbench.quant.block_bits import allocate
+from dqbench.quant.calls import LayerInputs, first_inputs, stages_of
 from dqbench.quant.compensation import Curvature, Damping, RoundedBlock, block_error, compensate
 from dqbench.quant.hessian import InputStatistics, inverse_factor
 from dqbench.quant.multi_binary import Refinement, Solver, approximate, overhead_bits, store, widths_of
 from dqbench.quant.sequential import (
     DecoderInputs,
-    LayerInputs,
     OnDisk,
-    first_inputs,
     quantize_checkpoint,
     quantize_decoder_layer,
     quantize_layers,
-    stages_of,
 )
 from dqbench.quant.storage import stored_bits, unpack
 from dqbench.text.mcs import mask_rows

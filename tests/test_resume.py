@@ -119,7 +119,8 @@ def test_killed_run_goes_on_and_ends_in_the_same_row(tmp_path: Path) -> None:
 
 
 def test_processes_at_work_on_the_same_things_take_turns(tmp_path: Path) -> None:
-    from dqbench.config import compose, run_id
+    from dqbench.config import compose
+    from dqbench.identity import run_id
     from dqbench.stages import taking_turns
 
     log, results = tmp_path / "log", tmp_path / "results"

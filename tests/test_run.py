@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 import dqbench
-from dqbench.config import compose, identity, run_id
+from dqbench.config import compose
 from dqbench.errors import UserError
+from dqbench.identity import identity, run_id
 from dqbench.launching.checks import check
 from dqbench.launching.explain import explain
 from dqbench.results import Row

@@ -21,7 +21,8 @@ import psutil
 import pytest
 
 import dqbench.__main__ as cli
-from dqbench.config import compose, run_id
+from dqbench.config import compose
+from dqbench.identity import run_id
 from dqbench.launching import lockcheck, slurm_task, squeue
 from dqbench.launching.cells import without_gpu
 from dqbench.launching.slurm_options import LEAST, Options, minutes, parameters, read_options

@@ -19,8 +19,9 @@ from omegaconf import DictConfig, OmegaConf
 
 import dqbench.run
 from dqbench.architectures import build as build_network
-from dqbench.config import Config, compose, data_root, plain, register, run_id
+from dqbench.config import Config, compose, data_root, register
 from dqbench.errors import UserError
+from dqbench.identity import plain, run_id
 from dqbench.launching.preflight import check_call
 from dqbench.launching.searchpath import SweepsSource
 from dqbench.launching.table import SCALES, Table, read_table, sweep

@@ -191,7 +191,7 @@ from pathlib import Path
 import dqbench.run
 from dqbench import __main__
 from dqbench.claims import book
-from dqbench.config import identity, run_id
+from dqbench.identity import identity, run_id
 from dqbench.results import Row
 
 METRIC = {"value": 1.0, "low": 0.0, "high": 2.0, "n": 8, "extractor": "e", "protocol": "p", "higher_is_better": False}

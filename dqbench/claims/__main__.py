@@ -12,7 +12,7 @@ import sys
 from dqbench.claims.page import paths, records, write
 from dqbench.claims.section import told
 from dqbench.claims.sheets import missing
-from dqbench.config import command
+from dqbench.commands import command
 from dqbench.studies.page import arguments, save_json
 
 

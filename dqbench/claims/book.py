@@ -16,8 +16,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dqbench.comparison import leaves
-from dqbench.config import compose, data_root, digest, expand, identity, register
+from dqbench.config import compose, data_root, expand, register
 from dqbench.errors import UserError
+from dqbench.identity import digest, identity
 from dqbench.launching.checks import check
 from dqbench.launching.explain import explain
 from dqbench.rendering.cells import configs_state

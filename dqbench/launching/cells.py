@@ -16,8 +16,10 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from dqbench import processes
-from dqbench.config import build, compose, exit_status, expand, one_line, run_id
-from dqbench.errors import UserError
+from dqbench.commands import exit_status
+from dqbench.config import build, compose, expand
+from dqbench.errors import UserError, one_line
+from dqbench.identity import run_id
 from dqbench.launching.checks import check
 from dqbench.launching.preflight import meet
 from dqbench.launching.table import axes

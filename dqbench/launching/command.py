@@ -12,7 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig
 
-from dqbench.config import run_id
+from dqbench.identity import run_id
 from dqbench.launching.cells import run_folder
 from dqbench.tracking import sweep_name
 

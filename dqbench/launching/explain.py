@@ -12,8 +12,8 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from omegaconf.nodes import BooleanNode, FloatNode, IntegerNode, StringNode
 from yaml import YAMLError
 
-from dqbench.config import Config, one_line
-from dqbench.errors import UserError
+from dqbench.config import Config
+from dqbench.errors import UserError, one_line
 
 EXPECTED = {BooleanNode: "true or false", IntegerNode: "an integer", FloatNode: "a number", StringNode: "text"}
 ITEMS = {"Integer": "integers", "Float": "numbers", "bool": "true or false"}  # OmegaConf's names for what a list holds

@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from dqbench.config import command
+from dqbench.commands import command
 from dqbench.errors import UserError
 from dqbench.stages import taking_turns
 

@@ -18,7 +18,8 @@ from filelock import FileLock, Timeout
 from hydra.core.utils import JobReturn, configure_log
 from omegaconf import DictConfig
 
-from dqbench.config import digest, one_line, plain
+from dqbench.errors import one_line
+from dqbench.identity import digest, plain
 from dqbench.launching.board import Board, board
 from dqbench.launching.cells import cells, is_finished, run_folder
 from dqbench.launching.children import Child, kill, start, terminate

@@ -19,6 +19,7 @@ from dqbench.config import OFF, Bits
 from dqbench.models import anatomy, clone, denoiser
 from dqbench.quant import uniform
 from dqbench.quant.attach import QuantLayer, calibrating, freeze, quantize_attention, quantize_inputs
+from dqbench.quant.calls import NetworkCalls
 from dqbench.quant.compensation import Curvature, Damping, RoundedBlock, Span, compensate, round_columns, spans_of
 from dqbench.quant.functional import fake_quantize
 from dqbench.quant.hessian import InputStatistics
@@ -26,7 +27,6 @@ from dqbench.quant.plan import Plan, select
 from dqbench.quant.quantizers import ActRule, Grid, WeightRule, choose, column_spans, group_grid
 from dqbench.quant.sequential import (
     DecoderInputs,
-    NetworkCalls,
     Passes,
     inside,
     is_language_model,

@@ -17,8 +17,8 @@ from torch_fidelity.datasets import ImagesPathDataset
 from torch_fidelity.registry import DATASETS_REGISTRY
 from torch_fidelity.utils import glob_samples_paths
 
-from dqbench.config import digest
 from dqbench.errors import UserError
+from dqbench.identity import digest
 from dqbench.metrics.extractors import register
 from dqbench.stages import Store
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import lru_cache
 from pathlib import Path
 
-from dqbench.config import digest
 from dqbench.errors import UserError
+from dqbench.identity import digest
 from dqbench.stages import sha256
 
 ZOO = Path(__file__).parent.parent / "zoo"

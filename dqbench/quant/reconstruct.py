@@ -7,17 +7,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from itertools import chain, takewhile
+from itertools import takewhile
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from dqbench import processes
 from dqbench.calibration import CalibrationSet, named_generator, named_seed
@@ -26,12 +23,13 @@ from dqbench.progress import track
 from dqbench.quant.adaround import AdaRound
 from dqbench.quant.attach import QuantLayer, rounding
 from dqbench.quant.capture import Recorder, disk_allows, first_tensor, trace_units
+from dqbench.quant.checkpoints import Checkpoints
+from dqbench.quant.learning import HALF, learning, widened
 from dqbench.quant.quantizers import ActQuantizer, act_quantizers
 from dqbench.quant.rows import Call
 from dqbench.stages import scratch
 
 log = logging.getLogger(__name__)
-HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclass
@@ -227,46 +225,6 @@ def mini_batches(job: Job, name: str, source: Call, target: Call, iters: int) ->
 
 
 @contextmanager
-def learning(unit: nn.Module, recon: Recon, seed: int) -> Iterator[None]:
-    """Inside: the unit computes in float32 at least, and its dropout is active, if asked for, drawing from `seed`."""
-    with ExitStack() as stack:
-        stack.enter_context(in_float32(unit))
-        if recon.dropout:
-            device = next(unit.parameters()).device
-            stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
-            torch.manual_seed(seed & 0x7FFFFFFF)
-            unit.train()
-            stack.callback(unit.eval)
-        yield
-
-
-@contextmanager
-def in_float32(unit: nn.Module) -> Iterator[None]:
-    """Inside: what the unit holds in half precision is float32. After: half again, with what was learned.
-
-    Mean losses over a whole image have gradients that float16 cannot represent, and Adam's steps are lost in bfloat16.
-    """
-    halves = {name: tensor.dtype for name, tensor in tensors_of(unit) if tensor.dtype in HALF}
-    for _, tensor in tensors_of(unit):
-        tensor.data = widened(tensor.data)
-    try:
-        yield
-    finally:
-        for name, tensor in tensors_of(unit):
-            tensor.data = tensor.data.to(halves.get(name, tensor.dtype))
-
-
-def tensors_of(unit: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The parameters and buffers of a unit by name."""
-    return chain(unit.named_parameters(), unit.named_buffers())
-
-
-def widened(value: Any) -> Any:
-    """`value`, nested as a unit's arguments are, with float32 in place of half-precision tensors."""
-    return tree_map(lambda x: x.float() if isinstance(x, Tensor) and x.dtype in HALF else x, value)
-
-
-@contextmanager
 def recorders(job: Job, order: Sequence[str]) -> Iterator[tuple[Recorder, Recorder]]:
     """(teacher, student) recorders on temporary files; outputs are kept for replay where order and disk allow."""
     with processes.common_folder(scratch("activations-on-disk")) as folder:
@@ -278,31 +236,3 @@ def recorders(job: Job, order: Sequence[str]) -> Iterator[tuple[Recorder, Record
             Recorder(model, job.calib, folder / name, replay)
             for name, model in (("teacher", job.teacher), ("student", job.student))
         )
-
-
-class Checkpoints:
-    """Tensors of finished units in the current stage's scratch folder; nothing is kept outside a stage."""
-
-    def __init__(self, phase: str) -> None:
-        self.folder = scratch(phase)
-
-    def load(self, unit: str, tensors: dict[str, Tensor]) -> bool:
-        """Copy a finished unit's tensors in place; False where the unit is not finished."""
-        if self.folder is None or not (file := self.folder / f"{unit}.safetensors").exists():
-            return False
-        try:
-            stored = load_file(file)
-        except SafetensorError as error:
-            log.warning("checkpoint %s is damaged (%s): learning this unit again", file, error)
-            return False
-        with torch.no_grad():
-            for name, tensor in tensors.items():
-                tensor.copy_(stored[name])
-        return True
-
-    def save(self, unit: str, tensors: dict[str, Tensor]) -> None:
-        """Store a finished unit's tensors, atomically."""
-        if self.folder is not None and processes.is_main():
-            partial = self.folder / f"{unit}.partial"
-            save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, partial)
-            partial.replace(self.folder / f"{unit}.safetensors")

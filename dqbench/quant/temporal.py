@@ -22,8 +22,9 @@ from dqbench.calibration import CalibrationSet, named_generator
 from dqbench.errors import UserError
 from dqbench.progress import track
 from dqbench.quant.attach import QuantLayer, rounding
+from dqbench.quant.checkpoints import Checkpoints
 from dqbench.quant.plan import LAYER_TYPES, matches
-from dqbench.quant.reconstruct import Checkpoints, Job, reconstruction_loss, set_beta
+from dqbench.quant.reconstruct import Job, reconstruction_loss, set_beta
 
 log = logging.getLogger(__name__)
 Features = list[Tensor]  # one [R, C_i] per head

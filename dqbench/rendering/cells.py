@@ -11,8 +11,9 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from dqbench.config import Bits, compose, data_root, digest, expand, run_id
+from dqbench.config import Bits, compose, data_root, expand
 from dqbench.errors import check_choice
+from dqbench.identity import digest, run_id
 from dqbench.results import atomic_write
 
 Axes = Mapping[str, Sequence[str]]  # key -> overrides of it

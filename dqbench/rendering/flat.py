@@ -70,7 +70,7 @@ def ours(part: Part, pair: Pair, scale: str, name: str) -> dict[str, Any]:
         return {}
     found = {"metric": own, **asdict(value), "run_ids": " ".join(row.run_id for row in rows if row.run_id)}
     found |= delta(moved) if moved else {}
-    found["differences"] = "; ".join(map(str, against(part, pair, scale)))
+    found["differences"] = "; ".join(map(str, against(part, pair, scale, name)))
     return {f"{scale}_{key}": entry for key, entry in found.items()}
 
 

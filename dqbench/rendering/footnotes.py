@@ -41,9 +41,10 @@ def status(part: Part, pair: Pair) -> str:
     return ", ".join(words) or "not run"
 
 
-def against(part: Part, pair: Pair, scale: str) -> list[Difference]:
-    """How our rows at a scale differ from the published one."""
+def against(part: Part, pair: Pair, scale: str, metric: str | None = None) -> list[Difference]:
+    """How our rows at a scale differ from the published one; metric: as far as that published metric is concerned."""
     rows, mapping = pair.ours[scale], part.metrics[scale]
+    mapping = {name: own for name, own in mapping.items() if metric in (None, name)}
     found = [each for row in rows for each in differences(part.table, pair.published, row, mapping, scale == MINI)]
     return list(dict.fromkeys(found))
 

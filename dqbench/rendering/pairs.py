@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 from dqbench import published
 from dqbench.comparison import full_precision, settings
-from dqbench.config import digest
+from dqbench.errors import check_choice
+from dqbench.identity import digest
 from dqbench.launching.table import SCALES
 from dqbench.published import PublishedRow
 from dqbench.rendering.cells import Axes, RunIds, axis, key_of, model_of
@@ -45,7 +46,17 @@ def pair(preset: Preset, rows: Sequence[Row], ids: RunIds) -> list[Part]:
         base, name = full_precision_row(preset, table)
         pairs = with_full_precision(list(finder.pairs(table)))
         parts.append(Part(table, pairs, base, name, {scale: ours(preset, scale, table) for scale in SCALES}))
+    for scale, key in ((MINI, "mini_metrics"), (FULL, "metrics")):
+        check_measured(f"{preset.name}.yaml: table.{key}", scale, parts)
     return parts
+
+
+def check_measured(where: str, scale: str, parts: Sequence[Part]) -> None:
+    """Raise UserError for a metric of ours that none of the rows there are has: nothing would stand in its column."""
+    there = [row for part in parts for each in part.pairs for row in each.ours[scale]]
+    known = sorted({name for row in there for name in row.metrics | row.paired})
+    for name in {own for part in parts for own in part.metrics[scale].values()} if there else ():
+        check_choice(where, name, known)
 
 
 def ours(preset: Preset, scale: str, table: published.Table) -> dict[str, str]:

@@ -11,8 +11,8 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from dqbench import published
-from dqbench.config import data_root, one_line
-from dqbench.errors import UserError, check_choice
+from dqbench.config import data_root
+from dqbench.errors import UserError, check_choice, one_line
 from dqbench.launching.searchpath import presets
 from dqbench.launching.table import SCALES, Table, read_table
 from dqbench.published import Paper, PublishedRow

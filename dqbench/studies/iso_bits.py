@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
+from dqbench.commands import command
 from dqbench.comparison import label, spell, title
-from dqbench.config import command, data_root
+from dqbench.config import data_root
 from dqbench.errors import UserError
 from dqbench.metrics.text import first_fits
 from dqbench.results import Row, rows

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dqbench.config import split_json
+from dqbench.commands import split_json
 from dqbench.errors import UserError
 from dqbench.results import atomic_write
 

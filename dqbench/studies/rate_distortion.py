@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributions import Laplace, StudentT
 from torch.nn.functional import gelu, silu
 
-from dqbench.config import command
+from dqbench.commands import command
 from dqbench.quant.block_formats import BlockFormat, round_to
 from dqbench.quant.dynamic import LzsForm, LzsQuantizer
 from dqbench.quant.lzs_theory import Theory, check

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dqbench.config import Model, digest
+from dqbench.config import Model
 from dqbench.errors import UserError, check_choice
+from dqbench.identity import digest
 from dqbench.models import read_prompts
 from dqbench.text import tasks
 

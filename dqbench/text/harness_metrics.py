@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +13,15 @@ import numpy as np
 from diffusers import DiffusionPipeline
 
 from dqbench import processes
-from dqbench.config import Model
+from dqbench.config import Model, Sampler
 from dqbench.errors import UserError
+from dqbench.identity import digest
 from dqbench.metrics.base import Metric
+from dqbench.stages import checksums
 from dqbench.text.lm_eval import Protocol, evaluate, harness, task_index
 
 Z_95 = 1.96  # of the harness's own standard errors
+log = logging.getLogger(__name__)
 LOWER = ("perplexity", "bits_per_byte", "word_perplexity", "byte_perplexity")  # of its measures, where less is better
 
 
@@ -26,6 +31,7 @@ class HarnessMetrics:
     tasks: dict[str, int]  # task -> examples shown before each question
     include: str | None  # a folder of YAML files that describe tasks of your own; None: the harness's alone
     limit: int | None  # questions of each task; None: all
+    chat: bool  # write questions and examples as turns of the tokenizer's chat template
     protocol: Protocol
 
     modalities = ("text",)
@@ -43,6 +49,13 @@ class HarnessMetrics:
             listed = "allowed: those that `lm_eval ls tasks` lists, and those in metrics.include"
             raise UserError(f"metrics.tasks: the harness has no {', '.join(unknown)}; {listed}")
 
+    def check_sampler(self, sampler: Sampler) -> None:
+        """Raise UserError where the sampler's texts leave no room for a prompt."""
+        length = sampler.kwargs.get("gen_length")
+        if length is not None and length >= self.protocol.max_length:
+            line = f"metrics.protocol.max_length={self.protocol.max_length} leaves no room for a prompt"
+            raise UserError(f"{line} before sampler.kwargs.gen_length={length} tokens; allowed: more than {length}")
+
     def score(
         self, samples: np.ndarray, reference: str | None, cache_dir: Path, *, device: str = "cpu"
     ) -> dict[str, Metric]:
@@ -54,7 +67,8 @@ class HarnessMetrics:
         return processes.agreed(lambda: self._ask(pipe))
 
     def _ask(self, pipe: DiffusionPipeline) -> dict[str, Metric]:
-        found, options = {}, {"limit": self.limit, "task_manager": task_index(self.include)}
+        turns = {"apply_chat_template": self.chat, "fewshot_as_multiturn": self.chat}
+        found, options = {}, {"limit": self.limit, "task_manager": task_index(self.include), **turns}
         for task, shots in self.tasks.items():
             results = evaluate(pipe, self.protocol, [task], num_fewshot=shots, **options)
             for name, own in results["results"].items():
@@ -65,9 +79,12 @@ class HarnessMetrics:
         """The harness names the versions of its tasks itself."""
         return None
 
-    def weights_hash(self) -> None:
-        """No extractor looks at the samples."""
-        return None
+    def weights_hash(self) -> str | None:
+        """Of the files in metrics.include, which say what is asked; the harness's own tasks have versions."""
+        if self.include is None:
+            return None
+        files = checksums(Path(self.include))
+        return digest({name: found for name, found in files.items() if "__pycache__" not in name})
 
 
 def questions(results: Mapping[str, Any], name: str) -> int:
@@ -78,12 +95,15 @@ def questions(results: Mapping[str, Any], name: str) -> int:
 
 
 def measures(task: str, results: Mapping[str, Any], count: int, shots: int) -> dict[str, Metric]:
-    """The harness's measures "acc,none" of one task that have a standard error, "acc_stderr,none"."""
+    """The harness's measures "acc,none" of one task that have a standard error, "acc_stderr,none"; others are told."""
     found = {}
     for key, value in results.items():
         name, _, kind = key.partition(",")
-        error = results.get(f"{name}_stderr,{kind}")
-        if not isinstance(error, float):  # not a measure, or one without an interval
+        if f"{name}_stderr,{kind}" not in results:  # no measure
+            continue
+        error = results[f"{name}_stderr,{kind}"]
+        if not isinstance(error, float) or math.isnan(error):
+            log.warning("%s has no standard error for %s=%s: it is not in the row", task, name, value)
             continue
         half = Z_95 * error
         protocol = f"lm-evaluation-harness, {shots}-shot, {kind}; normal interval"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +29,8 @@ class Protocol:
     draws: int  # masks behind a log-likelihood; 128 in the papers; of a single token one is taken
     batch_size: int
     max_length: int  # of prompt and answer; longer prompts lose their beginning
-    check_greedy: bool  # also say whether greedy decoding gives the continuation: one pass for each of its tokens
+    check_greedy: bool | None  # also ask whether greedy decoding gives the continuation, a pass for each of its tokens;
+    # None: where a question has one continuation, whose greediness is then its accuracy (LAMBADA)
     steps: int  # of the sampler, for generated texts
     guidance: float
     seed: int
@@ -74,8 +76,10 @@ class Answers:
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(bound on log p(continuation | context), whether it is the greedy one) for each request's two texts."""
-        pairs = [self._encode_pair(*request.args) for request in requests]
-        return [(self._score(*pair), self._is_greedy(*pair)) for pair in pairs]
+        pairs, asked = [self._encode_pair(*request.args) for request in requests], self._asks_greedy(requests)
+        return [
+            (self._score(*pair), greedy and self._is_greedy(*pair)) for pair, greedy in zip(pairs, asked, strict=True)
+        ]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """The bound on log p(text), the text cut into pieces of at most max_length tokens."""
@@ -124,10 +128,17 @@ class Answers:
         masks = count_masks(asked, draws, self.protocol.seed)
         return -float(nll_bound(self.pipe.model, row, masks, batch_size=self.protocol.batch_size).mean())
 
+    def _asks_greedy(self, requests: Sequence[Any]) -> list[bool]:
+        """For each request whether it matters that its continuation is the greedy one."""
+        if self.protocol.check_greedy is not None:
+            return [self.protocol.check_greedy] * len(requests)
+        offered = defaultdict(set)
+        for request in requests:
+            offered[request.task_name, request.doc_id].add(request.idx)
+        return [len(offered[request.task_name, request.doc_id]) == 1 for request in requests]
+
     def _is_greedy(self, prompt: list[int], target: list[int]) -> bool:
         """Whether filling in the surest token again and again gives the target."""
-        if not self.protocol.check_greedy:
-            return False
         greedy = copy.copy(self.pipe)
         greedy.scheduler = LLaDAScheduler(gen_length=len(target))
         steps = {"num_inference_steps": len(target), "guidance_scale": self.protocol.guidance}

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from dqbench import cost
 from dqbench.calibration import CalibrationSet
-from dqbench.config import build, digest, plain
+from dqbench.config import build
 from dqbench.errors import UserError
 from dqbench.export import appearing, check_free, describe, put_weights, save_components, sizes, write_manifest
+from dqbench.identity import digest, plain
 from dqbench.launching.preflight import choose_device
 from dqbench.load import PACKED, kind_of
 from dqbench.modality import check_calibration, check_kind
@@ -33,9 +34,10 @@ from dqbench.quant.sequential import OnDisk, check_inside, check_weights_only, d
 from dqbench.resources import full_float32, peak_memory, restart_peak, return_large, set_threads
 from dqbench.sampling import set_sampler
 from dqbench.stages import taking_turns
-from dqbench.text.checkpoints import assemble, open_layers
+from dqbench.text.checkpoints import assemble
 from dqbench.text.data import check_rows
 from dqbench.text.modality import masked_rows
+from dqbench.text.released import open_layers
 
 METHODS = ("quant_dllm", "quant_dllm_official", "gptq", "awq")  # presets of methods with quantize_layer()
 

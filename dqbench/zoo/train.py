@@ -16,7 +16,8 @@ import torch
 from omegaconf import OmegaConf
 from torch import Generator, Tensor, nn
 
-from dqbench.config import build, exit_status
+from dqbench.commands import exit_status
+from dqbench.config import build
 from dqbench.errors import UserError
 from dqbench.progress import track
 

@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dqbench.errors import UserError
-from dqbench.text.checkpoints import CheckpointPipeline, load_language_model, open_layers
+from dqbench.text.checkpoints import CheckpointPipeline, load_language_model
 from dqbench.text.networks import BidirectionalLlama, BidirectionalQwen2, token_logits
 from dqbench.text.pipeline import MaskedDiffusionPipeline
+from dqbench.text.released import open_layers
 from dqbench.text.schedulers import DreamScheduler, LLaDAScheduler
 from dqbench.text.tokenizer import character_tokenizer
 
@@ -270,6 +271,7 @@ DAMAGE = {
     ),
     "end": (lambda f: configure(f, eos_token_id=[1, VOCAB]), f"eos_token_id={VOCAB}; allowed: 0 to {VOCAB - 1}"),
     "mask": (lambda f: configure(f, mask_token_id=[1]), r"mask_token_id=\[1\]; allowed: 0 to"),
+    "base": (lambda f: configure(f, rope_theta=-1.0), "rope_theta=-1.0; allowed: above 0"),
     "far mask": (lambda f: configure(f, mask_token_id=VOCAB), f"mask_token_id={VOCAB}; allowed: 0 to"),
     "type": (lambda f: configure(f, model_type=["llada"]), "model_type .* is unknown"),
     "no mask": (lambda f: configure(f, mask_token_id="absent"), "mask_token_id=None"),

@@ -9,16 +9,24 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 
 from dqbench.config import build, compose
 from dqbench.errors import UserError
 from dqbench.metrics.base import difference
-from dqbench.text import harness_metrics
+from dqbench.text import harness_metrics, modality
+from dqbench.text.data import TASKS
 
 ZOO = Path(harness_metrics.__file__).parents[1] / "zoo"
 RESULTS = {
     "results": {
-        "piqa": {"alias": "piqa", "acc,none": 0.75, "acc_stderr,none": 0.01, "bleu,none": 3.0, "x,none": "N/A"}
+        "piqa": {
+            "alias": "piqa",
+            "acc,none": 0.75,
+            "acc_stderr,none": 0.01,
+            "bleu,none": 3.0,
+            "bleu_stderr,none": "N/A",
+        }
     },
     "n-samples": {"piqa": {"original": 100, "effective": 40}},
 }
@@ -29,7 +37,7 @@ def scorer(*overrides: str) -> harness_metrics.HarnessMetrics:
     return build(compose(["model=llada_8b_base", *overrides]).metrics)
 
 
-def test_measures_with_a_standard_error_are_metrics(monkeypatch):
+def test_measures_with_a_standard_error_are_metrics(monkeypatch, caplog):
     asked = []
 
     def evaluate(pipe, protocol, tasks, **options):
@@ -38,10 +46,11 @@ def test_measures_with_a_standard_error_are_metrics(monkeypatch):
 
     monkeypatch.setattr(harness_metrics, "evaluate", evaluate)
     monkeypatch.setattr(harness_metrics, "task_index", lambda include: INDEX)
-    own = scorer("~metrics.tasks", "+metrics.tasks={piqa: 5}", "metrics.limit=40")
+    own = scorer("~metrics.tasks", "+metrics.tasks={piqa: 5}", "metrics.limit=40", "metrics.chat=true")
     found = own.score_network(None, None)
-    assert asked == [(128, ["piqa"], {"num_fewshot": 5, "limit": 40, "task_manager": INDEX})]
-    assert set(found) == {"piqa_acc"}
+    given = {"num_fewshot": 5, "limit": 40, "task_manager": INDEX}
+    assert asked == [(128, ["piqa"], given | {"apply_chat_template": True, "fewshot_as_multiturn": True})]
+    assert set(found) == {"piqa_acc"} and "piqa has no standard error for bleu=3.0" in caplog.text
     metric = found["piqa_acc"]
     assert (metric.value, metric.n, metric.higher_is_better) == (0.75, 40, True)
     assert metric.high - metric.value == pytest.approx(0.0196) and "5-shot" in metric.protocol
@@ -67,6 +76,26 @@ def test_unknown_tasks_and_folders_are_told_before_anything_runs(monkeypatch, tm
         scorer().check(None, 2)
     with pytest.raises(UserError, match="metrics.include=/nowhere is no folder"):
         scorer("metrics.include=/nowhere").check(None, 2)
+
+
+def test_an_edited_task_is_another_and_bytecode_is_none(tmp_path):
+    own = scorer(f"metrics.include={tmp_path}")
+    (tmp_path / "mine.yaml").write_text("task: mine")
+    first = own.weights_hash()
+    (tmp_path / "__pycache__").mkdir()
+    (tmp_path / "__pycache__" / "utils.pyc").write_bytes(b"1")
+    assert own.weights_hash() == first and scorer().weights_hash() is None
+    (tmp_path / "mine.yaml").write_text("task: yours")
+    assert own.weights_hash() != first
+
+
+def test_texts_must_leave_room_for_a_prompt():
+    sampler = OmegaConf.to_object(compose(["model=llada_8b_base"]).sampler)
+    scorer("metrics.protocol.max_length=1025").check_sampler(sampler)
+    short, model = scorer("metrics.protocol.max_length=1024"), SimpleNamespace(data=TASKS)
+    cell = SimpleNamespace(metrics=short, sampler=sampler, model=model)
+    with pytest.raises(UserError, match="max_length=1024 leaves no room .*gen_length=1024 tokens; allowed: more than 1024"):
+        modality.check(cell)
 
 
 def test_a_local_task_and_a_group_are_scored_by_the_harness_itself(tmp_path):

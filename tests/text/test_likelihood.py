@@ -189,6 +189,9 @@ class Request:
     """As the harness makes them."""
 
     args: tuple
+    task_name: str = "lambada"
+    doc_id: int = 0
+    idx: int = 0
 
 
 @pytest.fixture
@@ -232,6 +235,10 @@ def test_loglikelihoods_of_the_adapter(harness: ModuleType) -> None:
     assert len(best) == 6
     assert model.loglikelihood([Request(("ab:", best))])[0][1] is True
     assert language_model(harness, check_greedy=False).loglikelihood([Request(("ab:", best))])[0][1] is False
+    (_, asked), *offered = language_model(harness, check_greedy=None).loglikelihood(
+        [Request(("ab:", best)), Request(("ab:", best), "piqa"), Request(("ab:", "4"), "piqa", idx=1)]
+    )
+    assert asked is True and [greedy for _, greedy in offered] == [False, False]  # a choice is by likelihood
     single, _ = model.loglikelihood([Request(("2+2=", "4"))])[0]
     one, _ = language_model(harness, draws=1).loglikelihood([Request(("2+2=", "4"))])[0]
     assert single == one  # all draws of a single token are one

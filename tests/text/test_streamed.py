@@ -18,7 +18,7 @@ from dqbench.load import PACKED, from_packed, read_network
 from dqbench.quant.container import Writer
 from dqbench.record import bill
 from dqbench.run import Cell
-from dqbench.text.checkpoints import Checkpoint
+from dqbench.text.released import Checkpoint
 from dqbench.text.streamed import METHODS, Job, Sink, stream
 from dqbench.text.tokenizer import character_tokenizer
 from tests.text.test_checkpoints import LAYERS, configure, edit, write
@@ -199,7 +199,7 @@ def test_one_decoder_layer_is_in_memory_at_a_time(data, tmp_path, monkeypatch):
     monkeypatch.setattr(
         Checkpoint, "rows", lambda own, name, ids: read.append((name, ids.numel())) or rows(own, name, ids)
     )
-    monkeypatch.setattr("dqbench.text.checkpoints.PIECE", 320)
+    monkeypatch.setattr("dqbench.text.released.PIECE", 320)
     job = Job(cfg, 0)
     with Writer(tmp_path / "file") as writer:
         job.write(writer)

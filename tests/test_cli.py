@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 import dqbench.__main__ as cli
 from dqbench import stages
@@ -288,6 +289,25 @@ def test_help_tells_what_can_be_chosen(run: Run) -> None:
     assert (status, err) == (0, [])
     assert "qdiffusion*" in out and "w4a8*" in out and "130 interrupted" in out and "Powered by Hydra" not in out
     assert max(map(len, out.splitlines())) <= 132 and "${" not in out
+
+
+@pytest.mark.parametrize(
+    ("node", "told"),
+    [
+        ({"mini": {"metod": "fp32,rtn"}}, "table.mini.metod is unknown; did you mean method? allowed: "),
+        ({"mini": {"method": "fp32"}, "paper": "tfqm"}, "table.paper=tfqm is unknown; allowed: "),
+        ({"study": "iso_bits"}, "sweeps/mine: table.mini is missing; needed: the axes to sweep"),
+    ],
+)
+def test_a_typo_in_a_preset_is_one_line_before_anything_starts(run: Run, node, told, tmp_path, monkeypatch) -> None:
+    (tmp_path / "sweeps").mkdir()
+    params = "${table.${oc.select:scale,mini}}"
+    preset = {"hydra": {"mode": "MULTIRUN", "sweeper": {"params": params}}, "table": {"caption": "mine", **node}}
+    (tmp_path / "sweeps" / "mine.yaml").write_text("# @package _global_\n" + OmegaConf.to_yaml(preset))
+    monkeypatch.chdir(tmp_path)
+    status, _, (line,) = run("+sweeps=mine")
+    assert status == 2 and line.startswith("dqbench: ") and told in line
+    assert not (tmp_path / "results").exists()
 
 
 SMALL = ("cache", "claims", "cost", "doctor", "export", "load", "plan", "results", "studies.iso_bits", "tables")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from functools import cache
 from itertools import chain
@@ -202,26 +200,6 @@ def test_a_published_row_is_found_by_its_label_and_its_column():
 def test_a_typo_in_a_table_names_its_key(node, complaint):
     with pytest.raises(UserError, match=re.escape(complaint)):
         read_table(OmegaConf.create(node))
-
-
-@pytest.mark.parametrize(
-    ("node", "told"),
-    [
-        ({"mini": {"metod": "fp32,rtn"}}, "metod is unknown; did you mean method? allowed: "),
-        ({"mini": {"method": "fp32"}, "paper": "tfqm"}, "table.paper=tfqm is unknown; allowed: "),
-    ],
-)
-def test_a_typo_in_a_preset_is_one_line_before_anything_starts(node, told, tmp_path, monkeypatch):
-    (tmp_path / "sweeps").mkdir()
-    params = "${table.${oc.select:scale,mini}}"
-    preset = {"hydra": {"mode": "MULTIRUN", "sweeper": {"params": params}}, "table": {"caption": "mine", **node}}
-    (tmp_path / "sweeps" / "mine.yaml").write_text("# @package _global_\n" + OmegaConf.to_yaml(preset))
-    monkeypatch.setenv("PYTHONPATH", str(data_root()))
-    command = [sys.executable, "-m", "dqbench", "+sweeps=mine", "tracking=none", "paths.results=results"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    (line,) = done.stderr.splitlines()
-    assert done.returncode == 2 and line.startswith("dqbench: ") and told in line
-    assert not (tmp_path / "results").exists()
 
 
 def test_hydra_sees_no_other_folder_beside_sweeps(tmp_path):

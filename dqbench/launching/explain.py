@@ -33,6 +33,9 @@ def explain(error: BaseException, prefix: str = "") -> str:
         return f"{error.override!r} cannot be read; write key=value, quoting special characters as in key='\"a,b\"'"
     if sweep := re.match(r"(?:Ambiguous value for argument|Sweep parameters) '(.*?)'", str(error)):
         return f"{sweep[1]} names several values; add -m to run each, or write a list as key=[a,b]"
+    if composing := re.match(r"In '(.+?)': \w+ raised while composing config:\s*(.+)", str(error)):
+        lost = re.match(r"Interpolation key '(table\.\w+)' not found", composing[2])
+        return f"{composing[1]}: {f'{lost[1]} is missing; needed: the axes to sweep' if lost else composing[2]}"
     if isinstance(cause, ConfigAttributeError | ConfigKeyError) and isinstance(cause.parent_node, DictConfig):
         return unknown_key(cause, prefix)
     if isinstance(cause, ValidationError) and cause.full_key:

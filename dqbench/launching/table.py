@@ -5,13 +5,15 @@ scale=mini, the default, has the axes on the embedded miniatures, scale=full wit
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dqbench.config import compose, expand
+from dqbench.config import Config, compose, expand
 from dqbench.errors import UserError, check_choice
 
 SCALES = ("mini", "full")
@@ -57,9 +59,23 @@ def read_table(node: DictConfig) -> Table:
         table = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Table), node))
     except OmegaConfBaseException as error:
         raise UserError(explain(error, "table")) from error
+    for scale in SCALES:
+        check_axes(f"table.{scale}", getattr(table, scale) or {})
     if not table.caption and not table.study:
         raise UserError("table.caption is missing; needed: what the cells of the preset are, in a few words")
     return table
+
+
+def check_axes(where: str, axes: Mapping[str, Any]) -> None:
+    """Raise UserError for an axis that is no key of the configuration and no group that sets some."""
+    from dqbench.launching.explain import suggestion
+
+    allowed = [*Config.__annotations__, "setting"]
+    for axis in axes:
+        name = re.split(r"[./@]", axis.lstrip("+~"))[0]
+        if name not in allowed:
+            line = f"{where}.{axis} is unknown; {suggestion(name, allowed)}"
+            raise UserError(f"{line}allowed: {', '.join(allowed)}, and keys and groups below them")
 
 
 def check_scale(cfg: DictConfig) -> None:

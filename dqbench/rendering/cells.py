@@ -52,7 +52,7 @@ def configs_state(*more: Path) -> str:
     """A digest of everything that run ids depend on, and of `more` files."""
     roots = {data_root(), Path.cwd()}
     files = sorted({path for root in roots for group in ("conf", "sweeps") for path in (root / group).rglob("*.yaml")})
-    files += [Path(__file__).parents[1] / "config.py", *more]
+    files += [*(Path(__file__).parents[1] / name for name in ("config.py", "identity.py")), *more]
     versions = [version(name) for name in ("hydra-core", "omegaconf")]
     return digest([versions, [[str(path), path.read_text(encoding="utf-8", errors="replace")] for path in files]])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from dqbench.config import Model, Sampler
 from dqbench.errors import UserError
 from dqbench.identity import digest
 from dqbench.metrics.base import Metric
+from dqbench.models import snapshot
 from dqbench.stages import checksums
 from dqbench.text.lm_eval import Protocol, evaluate, harness, task_index
 
@@ -49,8 +51,10 @@ class HarnessMetrics:
             listed = "allowed: those that `lm_eval ls tasks` lists, and those in metrics.include"
             raise UserError(f"metrics.tasks: the harness has no {', '.join(unknown)}; {listed}")
 
-    def check_sampler(self, sampler: Sampler) -> None:
-        """Raise UserError where the sampler's texts leave no room for a prompt."""
+    def check_model(self, model: Model, sampler: Sampler) -> None:
+        """Raise UserError where the sampler's texts leave no room for a prompt, or chat is asked of no chat model."""
+        if self.chat and not has_chat_template(Path(snapshot(model))):
+            raise UserError(f"metrics.chat=true: model={model.name} has no chat template; allowed: metrics.chat=false")
         length = sampler.kwargs.get("gen_length")
         if length is not None and length >= self.protocol.max_length:
             line = f"metrics.protocol.max_length={self.protocol.max_length} leaves no room for a prompt"
@@ -85,6 +89,17 @@ class HarnessMetrics:
             return None
         files = checksums(Path(self.include))
         return digest({name: found for name, found in files.items() if "__pycache__" not in name})
+
+
+def has_chat_template(folder: Path) -> bool:
+    """Whether the tokenizer in a checkpoint's folder, or in a pipeline's, has one."""
+    for place in (folder, folder / "tokenizer"):
+        settings = place / "tokenizer_config.json"
+        if (place / "chat_template.jinja").exists() or (
+            settings.exists() and json.loads(settings.read_text()).get("chat_template")
+        ):
+            return True
+    return False
 
 
 def questions(results: Mapping[str, Any], name: str) -> int:

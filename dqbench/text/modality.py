@@ -38,8 +38,8 @@ SHOWN = 12  # samples in the picture
 def check(cell: Cell) -> None:
     """Raise UserError where there is nothing, or too little, to ask the model or to calibrate it with."""
     check_questions(cell.model, cell.sampler.num_samples)
-    if hasattr(cell.metrics, "check_sampler"):
-        cell.metrics.check_sampler(cell.sampler)
+    if hasattr(cell.metrics, "check_model"):
+        cell.metrics.check_model(cell.model, cell.sampler)
     if cell.quantizing:
         mask = cell.calib.mask
         check_rows(cell.model.data, "calib.mask", mask.rows, mask.length)

@@ -91,11 +91,25 @@ def test_an_edited_task_is_another_and_bytecode_is_none(tmp_path):
 
 def test_texts_must_leave_room_for_a_prompt():
     sampler = OmegaConf.to_object(compose(["model=llada_8b_base"]).sampler)
-    scorer("metrics.protocol.max_length=1025").check_sampler(sampler)
+    scorer("metrics.protocol.max_length=1025").check_model(None, sampler)
     short, model = scorer("metrics.protocol.max_length=1024"), SimpleNamespace(data=TASKS)
     cell = SimpleNamespace(metrics=short, sampler=sampler, model=model)
     with pytest.raises(UserError, match="leaves no room .*gen_length=1024 tokens; allowed: more than 1024"):
         modality.check(cell)
+
+
+def test_chat_needs_a_model_that_chats(tmp_path):
+    cfg = compose(["model=llada_8b_base", f"model.path={tmp_path}", "metrics.chat=true"])
+    own, model, sampler = build(cfg.metrics), OmegaConf.to_object(cfg.model), OmegaConf.to_object(cfg.sampler)
+    (tmp_path / "config.json").touch()
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(UserError, match="metrics.chat=true: model=llada_8b_base has no chat template; allowed: "):
+        own.check_model(model, sampler)
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
+    own.check_model(model, sampler)
+    (tmp_path / "tokenizer_config.json").unlink()
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    own.check_model(model, sampler)
 
 
 def test_a_local_task_and_a_group_are_scored_by_the_harness_itself(tmp_path):
@@ -120,7 +134,10 @@ def test_a_local_task_and_a_group_are_scored_by_the_harness_itself(tmp_path):
     changes = (f"metrics.include={tmp_path}", "metrics.protocol.max_length=64", "metrics.protocol.steps=8")
     own = scorer("~metrics.tasks", "+metrics.tasks={chosen: 0, write: 0}", *changes)
     own.check(None, 2)
-    found = own.score_network(MaskedDiffusionPipeline.from_pretrained(ZOO / "text_mdlm"), None)
+    pipe = MaskedDiffusionPipeline.from_pretrained(ZOO / "text_mdlm")
+    found = own.score_network(pipe, None)
+    own.chat, pipe.tokenizer.chat_template = True, "{% for turn in messages %}{{ turn.content }}{% endfor %}"
+    assert own.score_network(pipe, None) == found  # this template adds nothing
     assert {name: (metric.value, metric.n) for name, metric in found.items()} == {
         "chosen_acc": (1.0, 2), "choose_acc": (1.0, 2), "write_exact_match": (1.0, 2)
     }  # fmt: skip

@@ -15,13 +15,16 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from dqbench.commands import command, split_json
-from dqbench.config import Bits, build, compose
+from dqbench.config import Bits, Model, build, compose
+from dqbench.identity import digest, plain
 from dqbench.launching.checks import check
 
 if TYPE_CHECKING:
     from torch import nn
 
     from dqbench.quant.plan import Plan
+
+    Walked = tuple[nn.Module, list["LayerCost"]]  # a denoiser without weights, its layers
 
 FULL_PRECISION = "dqbench.methods.fp32.FP32"
 SCALE_BITS = 32
@@ -223,15 +226,22 @@ def plan_of(denoiser: nn.Module, cfg: DictConfig) -> tuple[Plan, Bits]:
     return plan, bits
 
 
-def report(cfg: DictConfig) -> dict[str, Any]:
-    """The bill of a composed config: {model, bits, total, layers}; the denoiser is built without weights."""
+def bare(model: Model) -> Walked:
+    """A model's denoiser without weights, and its layers."""
     from dqbench.architectures import build as on_meta
     from dqbench.models import architecture, input_shapes
 
-    model = OmegaConf.to_object(cfg.model)
     config = architecture(model)
     denoiser = on_meta(config)
-    found = layers(denoiser, input_shapes(model, config))
+    return denoiser, layers(denoiser, input_shapes(model, config))
+
+
+def report(cfg: DictConfig, known: dict[str, Walked] | None = None) -> dict[str, Any]:
+    """The bill of a composed config: {model, bits, total, layers}. known: bare() of models, by their key."""
+    model, known = OmegaConf.to_object(cfg.model), {} if known is None else known
+    if (key := digest(plain(cfg.model))) not in known:
+        known[key] = bare(model)
+    denoiser, found = known[key]
     plan, bits = plan_of(denoiser, cfg)
     return {
         "model": model.name,

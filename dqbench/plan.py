@@ -30,6 +30,7 @@ from dqbench.launching.table import sweep
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from dqbench.cost import Walked
     from dqbench.results import Row
     from dqbench.stages import Artifact
 
@@ -76,6 +77,15 @@ class Planned:
     artifacts: dict[Path, int]  # folder -> estimated bytes, 0 where they are small
 
 
+@dataclass
+class Seen:
+    """What is known when a cell's turn comes."""
+
+    rows: Sequence[Row]
+    artifacts: set[Path] = field(default_factory=set)  # that cells before it ask for
+    models: dict[str, Walked] = field(default_factory=dict)  # of cells before it
+
+
 def plan(arguments: Sequence[str]) -> list[Planned]:
     """The cells of a command line, in the order they would run; each artifact's time is counted where it is built."""
     from dqbench.results import rows
@@ -85,24 +95,23 @@ def plan(arguments: Sequence[str]) -> list[Planned]:
         cfg = compose(overrides)
         check(cfg)
         wanted.setdefault(run_id(cfg), (overrides, cfg))
-    past = rows(Path(next(iter(wanted.values()))[1].paths.results))
-    built: set[Path] = set()
-    return [planned(name, overrides, cfg, past, built) for name, (overrides, cfg) in wanted.items()]
+    seen = Seen(rows(Path(next(iter(wanted.values()))[1].paths.results)))
+    return [planned(name, overrides, cfg, seen) for name, (overrides, cfg) in wanted.items()]
 
 
-def planned(name: str, overrides: list[str], cfg: DictConfig, past: Sequence[Row], built: set[Path]) -> Planned:
-    """One cell; `built`: artifacts of cells before it, to which its own are added."""
+def planned(name: str, overrides: list[str], cfg: DictConfig, seen: Seen) -> Planned:
+    """One cell; what it asks for is added to `seen`."""
     from dqbench.cost import report
 
-    total = report(cfg)["total"]
+    total = report(cfg, seen.models)["total"]
     if is_finished(cfg) and not cfg.runtime.force:
         return Planned(name, overrides, "done", None, total["bops"], total["size_bytes"], 0.0, {})
     asked, reason = walk(cfg)
-    state = "blocked" if reason else "has a row" if name in {row.run_id for row in past} else "to run"
+    state = "blocked" if reason else "has a row" if name in {row.run_id for row in seen.rows} else "to run"
     sizes = {path: note.bytes(total["params"]) for path, note in asked.items()}
-    new = [asked[path] for path in asked if path not in built and not path.exists()]
-    built |= asked.keys()
-    left = seconds(cfg, past, None if reason else Counter(filter(None, (note.timed for note in new))))
+    new = [asked[path] for path in asked if path not in seen.artifacts and not path.exists()]
+    seen.artifacts |= asked.keys()
+    left = seconds(cfg, seen.rows, None if reason else Counter(filter(None, (note.timed for note in new))))
     return Planned(name, overrides, state, reason, total["bops"], total["size_bytes"], left, sizes)
 
 

@@ -161,7 +161,7 @@ def write_book(folder: Path, claims: list[dict[str, Any]], **more: Any) -> Path:
 @pytest.fixture(scope="module")
 def shipped() -> list[Comparison]:
     """The shipped book, composed: that alone checks that sides differ, and in nothing but what the claim is about."""
-    return comparisons(read()[1])
+    return book.shipped()
 
 
 def test_shipped_claims_are_told_apart_and_speak_of_parts(shipped: list[Comparison]) -> None:
@@ -212,7 +212,7 @@ def test_the_command_writes_the_page_and_prints_commands_alone(
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(encode(each)) + "\n" for each in made))
     one = Comparison(shipped[0].claim, [], "w8a8", series(SIDES[True]), series(SIDES[False]))
     calls = []
-    monkeypatch.setattr(book, "comparisons", lambda claims: calls.append(1) or [one])
+    monkeypatch.setattr(book, "_composed", lambda state: calls.append(1) or [one])
     monkeypatch.setattr(shipped[0].claim, "metrics", ["fd"])
     monkeypatch.setattr(book, "read", lambda: ({one.claim.paper: "P<sub>"}, [one.claim]))
     monkeypatch.setattr(sys, "argv", ["claims", f"results={tmp_path}", f"json={tmp_path / 'out.json'}"])

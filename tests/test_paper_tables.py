@@ -20,7 +20,6 @@ from PIL import Image
 from scipy import stats
 
 from dqbench import tables
-from dqbench.claims.book import Comparison, shipped
 from dqbench.config import compose
 from dqbench.errors import UserError
 from dqbench.identity import identity, run_id
@@ -63,15 +62,8 @@ def seeds(values: list[float], *overrides: str) -> list[Row]:
     return [row(value, "setting=digits50", *overrides, f"seed={seed}") for seed, value in enumerate(values)]
 
 
-@functools.cache
-def claims() -> list[Comparison]:
-    """The shipped claims, composed once for all tests."""
-    return shipped()
-
-
 def render(folder: Path, rows: list[Row], monkeypatch: pytest.MonkeyPatch, *presets: str) -> Path:
     """results/tables after `python -m dqbench.tables`, of some presets alone."""
-    monkeypatch.setattr("dqbench.claims.page.shipped", lambda folder: claims())
     folder.mkdir(exist_ok=True)
     (folder / "rows.jsonl").write_text("".join(json.dumps(encode(each)) + "\n" for each in rows))
     monkeypatch.setattr("dqbench.rendering.presets.presets", lambda: list(presets or (PRESET,)))

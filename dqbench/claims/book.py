@@ -103,17 +103,23 @@ def titles() -> dict[str, str]:
 
 def shipped(folder: Path | None = None) -> list[Comparison]:
     """The comparisons of the shipped book. Composing takes seconds: what comes of it is kept in `folder`."""
-    claims = read()[1]
+    state = configs_state(BOOK, Path(__file__))
     if folder is None:
-        return comparisons(claims)
-    path, state = folder / "claims.json", configs_state(BOOK, Path(__file__))
+        return _composed(state)
+    path, claims = folder / "claims.json", read()[1]
     known = _kept(path)
     if known.get("state") != state:
-        found = [{**vars(each), "claim": each.claim.id} for each in comparisons(claims)]
+        found = [{**vars(each), "claim": each.claim.id} for each in _composed(state)]
         known = {"state": state, "comparisons": found}
         atomic_write(path, json.dumps(known) + "\n")
     by_id = {claim.id: claim for claim in claims}
     return [Comparison(**{**each, "claim": by_id[each["claim"]]}) for each in known["comparisons"]]
+
+
+@cache
+def _composed(state: str) -> list[Comparison]:
+    """Those of the book and the configs as they are; once in a process while they stay so."""
+    return comparisons(read()[1])
 
 
 def _kept(path: Path) -> dict[str, Any]:

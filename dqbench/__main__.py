@@ -39,7 +39,7 @@ def cell(cfg: DictConfig) -> None:
     name = run_id(cfg)
     try:
         with taking_turns(Path(cfg.paths.cache), f"run-{name}"):
-            if processes.agreed(lambda: is_finished(cfg)) and not cfg.runtime.force:
+            if processes.agreed(lambda: is_finished(cfg, anew=True)) and not cfg.runtime.force:
                 log.info("%s is done already", name)
                 return
             log.info("%s starts: %s", name, " ".join(HydraConfig.get().overrides.task) or "the default")
@@ -132,19 +132,26 @@ def main() -> None:
     cells.clear()
     try:
         _launch()
+        missing = conclude()
     except KeyboardInterrupt:
         if processes.leads():  # all are interrupted at once
             processes.tell("interrupted; the same command goes on from there")
         sys.exit(130)
+    if failures or missing:
+        sys.exit(2 if len(cells) == 1 and failures and isinstance(failures[-1], UserError) else 1)
+
+
+def conclude() -> int:
+    """Tell what there is now, and log the sweep; one of several processes does. Returns how many cells have no row."""
     if not failures:
         processes.leave()
-    missing = 0
-    if processes.leads():
+    if not processes.leads():
+        return 0
+    with exit_status():
         missing = report()
         write_studies()
         log_sweep(cells)
-    if failures or missing:
-        sys.exit(2 if len(cells) == 1 and failures and isinstance(failures[-1], UserError) else 1)
+    return missing
 
 
 def read_flags(argv: list[str]) -> None:

@@ -11,25 +11,32 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import shutil
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dqbench.commands import command, split_json
-from dqbench.errors import UserError
+from dqbench.errors import UserError, check_choice
 from dqbench.stages import VERSIONS, find_damage
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 log = logging.getLogger(__name__)
-USAGE = "allowed: list | verify | prune older=30d, damaged=true, unfinished=true or all=true; stage=NAME cache=DIR"
+USAGE = (
+    "allowed: list | verify | prune older=30d, damaged=true, unfinished=true or all=true, dry=true; "
+    "stage=NAME results=DIR cache=DIR json=PATH"
+)
+USERS = ("run-*", "packed-*")  # locks of what reads artifacts
+SECONDS_BETWEEN_LOOKS = 1.0
 KEYS = {"list": (), "verify": (), "prune": ("older", "damaged", "unfinished", "all", "dry")}
 SECONDS = {"d": 86_400, "h": 3_600}
 
@@ -57,7 +64,8 @@ def entries(cache: Path, stage: str = "*", verify: bool = False) -> Iterator[Ent
             with holding(lock_of(folder)) as free:
                 damage = find_damage(folder) if verify and free and not begun else None
             state = "in use" if not free else "unfinished" if begun else "damaged" if damage else "whole"
-            yield Entry(folder.parent.name, folder.stem, state, *extent(folder), folder, damage)
+            if size := extent(folder):
+                yield Entry(folder.parent.name, folder.stem, state, *size, folder, damage)
 
 
 def lock_of(folder: Path) -> Path:
@@ -65,11 +73,17 @@ def lock_of(folder: Path) -> Path:
     return folder.parents[1] / ".locks" / f"{folder.parent.name}-{folder.stem}"
 
 
-def extent(folder: Path) -> tuple[int, float]:
-    """Bytes of a folder's files, and days since the youngest of them was touched."""
-    found = [path.stat() for path in (folder, *folder.rglob("*")) if path.exists()]
-    last = max(own.st_mtime for own in found)
-    return sum(own.st_size for own in found[1:]), max(0.0, time.time() - last) / SECONDS["d"]
+def extent(folder: Path) -> tuple[int, float] | None:
+    """Bytes of a folder's files, and days since the youngest of them was touched; None where it is gone meanwhile."""
+    found = []
+    for place, _, files in os.walk(folder):
+        for path in (place, *(os.path.join(place, name) for name in files)):
+            with suppress(FileNotFoundError):
+                found.append(os.stat(path))
+    if not found:
+        return None
+    last, sizes = max(own.st_mtime for own in found), [own.st_size for own in found if not stat.S_ISDIR(own.st_mode)]
+    return sum(sizes), max(0.0, time.time() - last) / SECONDS["d"]
 
 
 @contextmanager
@@ -93,20 +107,25 @@ def holding(path: Path) -> Iterator[bool]:
 
 def prune(cache: Path, chosen: Sequence[Entry]) -> int:
     """Delete artifacts. Returns the bytes that this frees. Raises UserError while a run uses the cache."""
-    for lock in sorted((cache / ".locks").glob("run-*")):
-        with holding(lock) as free:
-            if not free:
-                name = lock.name.removeprefix("run-")
-                raise UserError(
-                    f"run {name} is using {cache}; prune it when no run does (dry=true tells what would go)"
-                )
-    freed = 0
+    freed, looked = 0, float("-inf")
     for entry in chosen:
+        if time.monotonic() - looked > SECONDS_BETWEEN_LOOKS:  # a run may start meanwhile
+            check_unused(cache)
+            looked = time.monotonic()
         with holding(lock_of(entry.folder)) as free:
             if free:
                 delete(entry.folder)
                 freed += entry.bytes
     return freed
+
+
+def check_unused(cache: Path) -> None:
+    """Raise UserError where a run or an export is using the cache."""
+    for lock in sorted(path for pattern in USERS for path in (cache / ".locks").glob(pattern)):
+        with holding(lock) as free:
+            if not free:
+                told = f"{lock.name.replace('-', ' ', 1)} is using {cache}; prune it when nothing does"
+                raise UserError(f"{told} (dry=true tells what would go)")
 
 
 def delete(folder: Path) -> None:
@@ -120,7 +139,8 @@ def delete(folder: Path) -> None:
 def wanted(given: dict[str, str]) -> Callable[[Entry], bool]:
     """Which entries a prune command means."""
     flags = {key: given[key] for key in ("damaged", "unfinished", "all") if key in given}
-    wrong = [f"{key}={value}" for key, value in flags.items() if value != "true"]
+    dry = {key: given[key] for key in ("dry",) if key in given}
+    wrong = [f"{key}={value}" for key, value in (flags | dry).items() if value != "true"]
     oldest = re.fullmatch(r"(\d+)([dh])", given.get("older", "0d"))
     if wrong or oldest is None or not flags and "older" not in given:
         raise UserError(f"prune {' '.join([*wrong, given.get('older', '')])}".rstrip() + f" is not understood; {USAGE}")
@@ -156,11 +176,12 @@ def read(argv: Sequence[str]) -> tuple[str, dict[str, str]]:
     """The verb and its key=value arguments."""
     verb, *rest = [*argv] if argv and "=" not in argv[0] else ["list", *argv]
     given = dict(part.partition("=")[::2] for part in rest)
-    unknown = [
-        part for part in rest if part.partition("=")[0] not in ("stage", "cache", "results", *KEYS.get(verb, ()))
-    ]
+    known = ("stage", "cache", "results", *KEYS.get(verb, ()))
+    unknown = [part for part in rest if "=" not in part or part.partition("=")[0] not in known]
     if verb not in KEYS or unknown:
         raise UserError(f"{unknown[0] if unknown else verb} is not understood; {USAGE}")
+    if "stage" in given:
+        check_choice("stage", given["stage"], sorted(VERSIONS))
     return verb, given
 
 

@@ -261,7 +261,7 @@ def checkpoint_hash(model: Model) -> str:
         return Path(path).name
     total = hashlib.sha256()
     for file in sorted(Path(path).rglob("*")):
-        if file.suffix in {".safetensors", ".json", ".bin", ".txt", ".model"}:
+        if file.suffix in {".safetensors", ".json", ".bin", ".txt", ".model", ".jinja"}:
             total.update(f"{file.relative_to(path).as_posix()} {sha256(file)}\n".encode())
     return total.hexdigest()
 

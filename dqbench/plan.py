@@ -23,7 +23,7 @@ from dqbench.config import compose
 from dqbench.errors import UserError
 from dqbench.forecast import Note, seconds
 from dqbench.identity import run_id
-from dqbench.launching.cells import is_finished
+from dqbench.launching.cells import is_finished, without_gpu
 from dqbench.launching.checks import check
 from dqbench.launching.table import sweep
 
@@ -120,7 +120,7 @@ def walk(cfg: DictConfig) -> tuple[dict[Path, Note], str | None]:
     from dqbench.run import Cell
 
     try:
-        cell = Cell(cfg)
+        cell = Cell(without_gpu(cfg))  # the cells may run on other machines
     except UserError as error:
         return {}, str(error)
     cell.store = Ledger(Path(cfg.paths.cache))

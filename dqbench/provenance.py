@@ -24,6 +24,7 @@ LIBRARIES = (
     "diffusers",
     "dqbench",
     "hydra-core",
+    "lm-eval",
     "numpy",
     "safetensors",
     "scikit-learn",

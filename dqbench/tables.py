@@ -34,9 +34,9 @@ from dqbench.results import Row, atomic_write, rows
 
 COST = {"bops": "BOPs", "size_bytes": "size", "bits_per_weight": "bits/weight", "bits_per_act": "bits/act"}
 NOTES = (
-    "Value [low, high]: 95 % interval. Several seeds: their mean, t interval over seeds. One seed: the interval of the "
-    "metric's protocol. Settings: what differs from most rows of the method and bits. Fake quantization: no speed-up "
-    "is claimed. † run from uncommitted code."
+    "Value [low, high]: 95 % interval. Several seeds: their mean, t interval over seeds. One seed, or several with the "
+    "very same value: the interval of the metric's protocol. Settings: what differs from most rows of the method and "
+    "bits. Fake quantization: no speed-up is claimed. † run from uncommitted code."
 )
 
 
@@ -58,7 +58,7 @@ class Line:
         if None in found:
             return "–"
         value, low, high = (found[0][key] for key in ("value", "low", "high"))
-        if len(found) > 1:
+        if len({metric["value"] for metric in found}) > 1:
             value, half = mean_interval([metric["value"] for metric in found])
             low, high = value - half, value + half
         places = decimals(value)
@@ -106,7 +106,7 @@ def markdown(members: Sequence[Row], special: Flat) -> str:
         *(["## Each seed", grid(singles, members, names)] if singles else []),
         NOTES,
         f"Settings: `{spell(shared)}`.",
-        f"Cost: {members[0].cost.get('convention', '')}.",
+        "\n\n".join(f"Cost: {text}." for text in sorted({row.cost.get("convention", "") for row in members})),
         "\n".join(protocols(members, names)),
     ]
     return "\n\n".join(parts) + "\n"

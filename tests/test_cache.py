@@ -104,7 +104,11 @@ def test_a_cache_that_may_only_be_read_is_listed_and_not_pruned(cache, monkeypat
 
 
 @pytest.mark.parametrize(
-    "arguments", [["purge"], ["prune"], ["prune", "older=3x"], ["prune", "damaged=yes"], ["list", "all=true"], ["x=1"]]
+    "arguments",
+    [
+        *(["purge"], ["prune"], ["prune", "older=3x"], ["prune", "damaged=yes"], ["list", "all=true"], ["x=1"]),
+        *(["prune", "all=true", "dry"], ["prune", "all=true", "dry=True"]),
+    ],
 )
 def test_bad_input_is_one_line_and_deletes_nothing(arguments, cache, monkeypatch, capsys):
     before = states(cache)
@@ -112,3 +116,14 @@ def test_bad_input_is_one_line_and_deletes_nothing(arguments, cache, monkeypatch
     error = capsys.readouterr().err
     assert "is not understood; allowed: list | verify | prune" in error and error.count("\n") == 1
     assert call(cache / "none", monkeypatch=monkeypatch) == 2
+
+
+def test_a_stage_that_is_none_is_told_with_those_there_are(cache, monkeypatch, capsys):
+    assert call(cache, "prune", "all=true", "stage=sampels", monkeypatch=monkeypatch) == 2
+    assert "stage=sampels is unknown; allowed: " in capsys.readouterr().err
+
+
+def test_what_vanishes_while_it_is_looked_at_is_not_listed(cache, monkeypatch):
+    first, *rest = entries(cache)
+    monkeypatch.setattr("dqbench.cache.lock_of", lambda folder: shutil.rmtree(first.folder, True) or folder / "none")
+    assert [entry.folder for entry in entries(cache)] == [entry.folder for entry in rest]

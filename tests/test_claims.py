@@ -158,6 +158,12 @@ def write_book(folder: Path, claims: list[dict[str, Any]], **more: Any) -> Path:
     return path
 
 
+def test_differences_that_vary_by_rounding_alone_do_not_vary() -> None:
+    for treatment, control in (([0.3, 0.4, 0.9], [0.2, 0.3, 0.8]), ([0.991, 0.985, 0.972], [0.981, 0.975, 0.962])):
+        (result,) = judge([compare()], found(treatment, control))
+        assert (result.verdict, result.effects[0].p) == ("not shown", None)
+
+
 @pytest.fixture(scope="module")
 def shipped() -> list[Comparison]:
     """The shipped book, composed: that alone checks that sides differ, and in nothing but what the claim is about."""

@@ -284,6 +284,14 @@ def test_full_disk_is_one_line_and_the_next_run_goes_on(
     assert status == 0 and row(results)["status"] == "done"
 
 
+def test_damaged_published_rows_are_one_line_after_a_sweep_too(run: Run, results: Path) -> None:
+    results.mkdir()
+    (results / "rows.jsonl").write_text("<<<<<<< ours\n")
+    status, _, err = run("-m", "method=fp32,rtn")
+    assert status == 2 and err[-1].startswith("dqbench: ") and "rows.jsonl line 1 is damaged" in err[-1]
+    assert len(list(results.glob("runs/*/row.json"))) == 2
+
+
 def test_help_tells_what_can_be_chosen(run: Run) -> None:
     status, out, err = run("--help")
     assert (status, err) == (0, [])
@@ -296,6 +304,7 @@ def test_help_tells_what_can_be_chosen(run: Run) -> None:
     [
         ({"mini": {"metod": "fp32,rtn"}}, "table.mini.metod is unknown; did you mean method? allowed: "),
         ({"mini": {"method": "fp32"}, "paper": "tfqm"}, "table.paper=tfqm is unknown; allowed: "),
+        ({"study": "isobits", "mini": {"seed": "0,1"}}, "table.study=isobits is unknown; allowed: iso_bits, rate"),
         ({"study": "iso_bits"}, "sweeps/mine: table.mini is missing; needed: the axes to sweep"),
     ],
 )

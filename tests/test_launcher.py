@@ -142,6 +142,14 @@ def test_a_cell_keeps_the_sweeps_overrides_and_its_name_as_group() -> None:
     assert plain[-1] == "tracking.group=digits_ddpm"
 
 
+def test_a_cell_reads_the_configs_of_its_sweep(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["dqbench", "-m", "--config-dir", "mine", "-cn", "other", "method=mine"])
+    given = cell_overrides(sweep_config("hydra.mode=MULTIRUN"), ["method=rtn"], compose(["method=rtn"]))
+    assert given[:2] == [f"--config-dir={tmp_path / 'mine'}", "--config-name=other"]
+    cli.read_flags(["dqbench", *given])
+
+
 def test_a_cell_named_twice_is_one_job_and_sharers_start_late() -> None:
     own = [[f"seed={seed}", f"method={method}", "debug=tiny"] for seed in (0, 1) for method in ("fp32", "rtn", "fp32")]
     jobs = command.jobs_of(sweep_config("hydra.mode=MULTIRUN"), own, [compose(given) for given in own])
@@ -189,10 +197,10 @@ def test_a_failed_cell_is_told_when_it_fails_with_its_own_reason(
 ) -> None:
     said = "dqbench: run bad failed: RuntimeError: why (its overrides)"
     programs = {
-        "bad": f"print('dqbench: a warning'); print({said!r}); print('dqbench: more'); sys.exit(1)",
+        "bad": f"print('dqbench: a word'); print({said!r}); print('dqbench: more'); sys.exit(1)",
         "good": "print('fine')",
         "killed": "os.kill(os.getpid(), signal.SIGKILL)",
-        "silent": "sys.exit(3)",
+        "silent": "print('dqbench: warning: of something else'); sys.exit(3)",
         "input": "print('dqbench: no such thing'); sys.exit(2)",
     }
     folder = run(programs, CPU)
@@ -236,7 +244,7 @@ def test_a_signal_ends_cells_and_what_they_started_in_other_sessions(
 def test_what_another_sweep_finished_meanwhile_is_not_started(
     run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(side_by_side, "is_finished", lambda cfg: "there" in cfg.paths.results)
+    monkeypatch.setattr(side_by_side, "is_finished", lambda cfg, anew=False: "there" in cfg.paths.results)
     run({"there": "sys.exit(1)", "new": ""}, CPU)
     assert [line.split()[:2] for line in caplog.messages] == [["there", "is"], ["new", "starts:"], ["new", "is"]]
 

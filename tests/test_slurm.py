@@ -22,9 +22,11 @@ import pytest
 
 import dqbench.__main__ as cli
 from dqbench.config import compose
+from dqbench.errors import UserError
 from dqbench.identity import run_id
 from dqbench.launching import lockcheck, slurm_task, squeue
 from dqbench.launching.cells import without_gpu
+from dqbench.launching.slurm import set_aside
 from dqbench.launching.slurm_options import LEAST, Options, minutes, parameters, read_options
 from dqbench.launching.slurm_task import Task
 from dqbench.stages import taking_turns
@@ -188,6 +190,20 @@ def test_what_sbatch_refuses_is_one_line(slurm: dict[str, str], tmp_path: Path) 
     (line,) = err.splitlines()
     assert refused.returncode == 2 and out == "" and line.startswith("dqbench: Slurm refused the job: ")
     assert "invalid partition specified: nowhere" in line and not list(tmp_path.glob(".slurm/*"))
+
+
+def test_rows_that_are_to_be_made_anew_come_back_where_nothing_was_started(tmp_path: Path) -> None:
+    files = [tmp_path / name / "row.json" for name in "ab"]
+    for file in files:
+        file.parent.mkdir()
+    files[0].write_text("earlier")
+    with pytest.raises(UserError, match="refused"), set_aside(files):
+        assert not files[0].exists()
+        raise UserError("Slurm refused the job")
+    assert files[0].read_text() == "earlier" and not files[1].exists()
+    with set_aside(files):
+        files[0].write_text("of a quick task")
+    assert [path.name for path in files[0].parent.iterdir()] == ["row.json"] and files[0].read_text() != "earlier"
 
 
 @pytest.fixture

@@ -6,21 +6,13 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from html import escape
 from itertools import takewhile
-from pathlib import Path
 
-from dqbench.claims.book import shipped
-from dqbench.claims.page import NAME, NOTES
+from dqbench.claims.page import NOTES
 from dqbench.claims.sheets import correction, missing, sheets, summary
-from dqbench.claims.verdicts import VERDICTS, Result, judge
-from dqbench.results import Row
+from dqbench.claims.verdicts import VERDICTS, Result
 
 TITLE = "What papers claim, and what rows show"
 TOLD_ONCE = 2  # columns that further cases of a claim leave empty: claim, source
-
-
-def claims_section(found: Sequence[Row], cache: Path | None = None) -> tuple[str, str, str]:
-    """(title, anchor, HTML body) on these rows; cache: where composed claims are kept."""
-    return TITLE, NAME, html(judge(shipped(cache), found))
 
 
 def told(results: Sequence[Result]) -> str:

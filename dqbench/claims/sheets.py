@@ -89,8 +89,12 @@ def seeds(result: Result) -> str:
 
 
 def cost(result: Result) -> str:
-    """'BOPs +2.4 %'; equal where all costs are within 0.05 %, a dash where there is nothing to compare."""
-    if result.verdict == NOT_RUN:
+    """'BOPs +2.4 %'; equal where all costs are within 0.05 %, a dash where there is nothing to compare.
+
+    So it is where the rows were billed by different conventions.
+    """
+    conventions = {row.cost.get("convention") for side in (result.treatment, result.control) for row in side.values()}
+    if result.verdict == NOT_RUN or len(conventions) > 1:
         return "–"
     sides = (result.treatment.values(), result.control.values())
     known = [key for key in COST if all(row.cost.get(key) for side in sides for row in side)]

@@ -12,6 +12,7 @@ from dqbench.errors import UserError
 from dqbench.results import Row
 
 LEVEL = 0.05
+ROUNDING = 1e-12  # of the largest value: differences that vary by less are equal
 SHOWN, NOT_SHOWN, CONTRARY, NOT_RUN = VERDICTS = ("shown", "not shown", "contrary", "not run")
 Series = Mapping[int, Row]  # rows by seed
 
@@ -77,10 +78,12 @@ def pair(comparison: Comparison, found: Mapping[str, Series]) -> Result:
 
 
 def evaluate(comparison: Comparison, name: str, treatment: Series, control: Series) -> Effect:
-    """One metric; not run with fewer seeds than the claim needs."""
+    """One metric; not run with fewer seeds than the claim needs, nor where the sides have unequal n."""
     if len(treatment) < comparison.claim.seeds:
         return Effect(name)
     metrics = [[measured(comparison, name, row) for row in side.values()] for side in (treatment, control)]
+    if len({metric.get("n") for side in metrics for metric in side}) > 1:
+        return Effect(name)
     higher = bool(metrics[0][0]["higher_is_better"])
     return t_test(name, higher, *([metric["value"] for metric in side] for side in metrics))
 
@@ -101,7 +104,7 @@ def t_test(name: str, higher: bool, treatment: Sequence[float], control: Sequenc
     means = [math.fsum(side) / len(side) for side in (treatment, control)]
     differences = [one - other for one, other in zip(treatment, control, strict=True)]
     effect = math.fsum(differences) / len(differences)
-    if max(differences) == min(differences):
+    if max(differences) - min(differences) <= ROUNDING * max(map(abs, (*treatment, *control))):
         return Effect(name, higher, *means, effect, effect, effect, None, None, NOT_SHOWN)
     low, high = stats.ttest_rel(treatment, control).confidence_interval(0.95)
     p = float(stats.ttest_rel(treatment, control, alternative="greater" if higher else "less").pvalue)

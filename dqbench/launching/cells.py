@@ -88,11 +88,16 @@ def run_folder(cfg: DictConfig) -> Path:
     return Path(cfg.paths.results) / "runs" / run_id(cfg)
 
 
-def is_finished(cfg: DictConfig) -> bool:
-    """Whether a cell's row is there."""
+def is_finished(cfg: DictConfig, anew: bool = False) -> bool:
+    """Whether a cell's row is there. anew: another machine may have written it just now, on a network file system."""
     from dqbench.results import finished
+    from dqbench.stages import refresh
 
-    return finished(run_folder(cfg)) is not None
+    folder = run_folder(cfg)
+    if anew:
+        refresh(folder.parent)
+        refresh(folder)
+    return finished(folder) is not None
 
 
 @contextmanager

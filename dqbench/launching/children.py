@@ -18,6 +18,7 @@ import psutil
 
 from dqbench.launching.command import Job, cell_command
 from dqbench.launching.lifeline import LAUNCHER
+from dqbench.launching.logs import last_words
 from dqbench.launching.pool import Slot
 from dqbench.progress import STATUS
 
@@ -45,7 +46,7 @@ class Child:
         """Why it failed, on one line: its own last word, else the signal or exit status it ended with."""
         lines = self.job.log.read_bytes()[self.printed :].decode(errors="replace").splitlines()
         own = [found[1] for line in lines if (found := re.match(rf"dqbench: run {self.job.name} failed: (.*)", line))]
-        told = own or [line.removeprefix("dqbench: ") for line in lines if line.startswith("dqbench: ")]
+        told = own or last_words(lines)
         code = self.process.returncode
         if code < 0:
             killed = f"killed by {signal.Signals(-code).name}"

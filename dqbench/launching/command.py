@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig
@@ -55,15 +56,24 @@ def cell_command(overrides: Sequence[str], processes: int = 1) -> list[str]:
     return [*start, *options, *cell]
 
 
+def config_flags(argv: Sequence[str]) -> list[str]:
+    """The flags of a sweep's command line that say where its configs are, for its cells."""
+    given, _ = get_args_parser().parse_known_args(argv)
+    folder = given.config_dir and os.path.abspath(given.config_dir)
+    flags = {"--config-dir": folder, "--config-name": given.config_name, "--config-path": given.config_path}
+    return [f"{flag}={value}" for flag, value in flags.items() if value]
+
+
 def cell_overrides(sweep: DictConfig, overrides: Sequence[str], cfg: DictConfig) -> list[str]:
-    """What cell_command() takes for a cell: Hydra's overrides of the sweep, the cell's own, the sweep as W&B's group.
+    """What cell_command() takes for a cell: flags and Hydra's overrides of the sweep, the cell's own, W&B's group.
 
     sweep: the config of the sweep itself; cfg: the cell's.
     """
     of_hydra = [line for line in sweep.hydra.overrides.hydra if not line.startswith("hydra.mode=")]
     HydraConfig.instance().set_config(sweep)
     grouped = "group" not in cfg.tracking or cfg.tracking.group is not None
-    return [*of_hydra, *overrides, *([] if grouped else [f"tracking.group={sweep_name(cfg)}"])]
+    group = [] if grouped else [f"tracking.group={sweep_name(cfg)}"]
+    return [*config_flags(sys.argv[1:]), *of_hydra, *overrides, *group]
 
 
 def jobs_of(sweep: DictConfig, overrides: Sequence[Sequence[str]], configs: Sequence[DictConfig]) -> list[Job]:

@@ -113,7 +113,7 @@ class SideBySide:
         """Start a cell; one that another sweep has at work goes on waiting, one that it has finished is done."""
         if (right := claim(job)) is None:
             return
-        if is_finished(job.cfg) and not job.cfg.runtime.force:
+        if is_finished(job.cfg, anew=True) and not job.cfg.runtime.force:
             right.release()
             self.board.finished(job, "by another sweep")
         else:

@@ -25,6 +25,7 @@ from dqbench.errors import UserError
 from dqbench.launching import command, squeue
 from dqbench.launching.cells import cells, is_finished, run_folder
 from dqbench.launching.command import jobs_of, returned
+from dqbench.launching.logs import last_words
 from dqbench.launching.slurm_options import Options, parameters
 from dqbench.launching.slurm_task import Task
 from dqbench.results import atomic_write
@@ -95,15 +96,31 @@ def submit(jobs: Sequence[Job], options: Options) -> None:
     """Give the jobs to Slurm, in arrays; with runtime.force old rows go, no row is better than one of before."""
     for start in range(0, len(jobs), options.max_array_size):
         part = jobs[start : start + options.max_array_size]
-        for job in part:
-            (run_folder(job.cfg) / "row.json").unlink(missing_ok=True)
         folder = part[0].root / f"{datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}"
-        for job, job_id in zip(part, to_slurm([job.task for job in part], folder, options), strict=True):
+        with set_aside([run_folder(job.cfg) / "row.json" for job in part]):
+            ids = to_slurm([job.task for job in part], folder, options)
+        for job, job_id in zip(part, ids, strict=True):
             job.folder, job.id = folder, job_id
             atomic_write(job.note, f"{folder.name} {job_id}")
         array, at_once = part[0].id.split("_")[0], min(len(part), options.array_parallelism)
         log.info("submitted %d of %d as Slurm job %s, %d at once", start + len(part), len(jobs), array, at_once)
         log.info("logs: %s/%s_*_log.out", folder, array)
+
+
+@contextmanager
+def set_aside(files: Sequence[Path]) -> Iterator[None]:
+    """Inside: the files are not there. After: they are gone for good, or back where an error ended the block."""
+    aside = {file: file.with_suffix(".earlier") for file in files if file.exists()}
+    for file, other in aside.items():
+        file.replace(other)
+    try:
+        yield
+    except BaseException:
+        for file, other in aside.items():
+            other.replace(file)
+        raise
+    for other in aside.values():
+        other.unlink()
 
 
 def to_slurm(tasks: Sequence[Task], folder: Path, options: Options) -> list[str]:
@@ -180,7 +197,7 @@ def reason(job: Job, state: str | None) -> str:
         lines = job.paths.stdout.read_text(errors="replace").splitlines()
     except OSError:
         lines = []
-    told = [line.removeprefix("dqbench: ") for line in lines if line.startswith("dqbench: ")]
+    told = last_words(lines)
     own = told[-1].removeprefix(f"run {job.name} failed: ") if told else ""
     return f"{own or 'it left no row'}; Slurm {job.id} ended as {state or 'unknown'}"
 

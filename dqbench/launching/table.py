@@ -5,9 +5,11 @@ scale=mini, the default, has the axes on the embedded miniatures, scale=full wit
 
 from __future__ import annotations
 
+import pkgutil
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -24,8 +26,6 @@ class Table:
     """What a preset says of itself beside its cells. Keys of `methods` and others are words of the published file."""
 
     caption: str = ""
-    rows: str = "method"
-    columns: str = "bits"
     study: str | None = None  # a module of dqbench.studies that writes pages of the rows
     paper: str | None = None  # dqbench/published/PAPER.yaml
     tables: list[str] = field(default_factory=list)  # names of tables in that file
@@ -36,6 +36,9 @@ class Table:
     metrics: dict[str, str] = field(default_factory=dict)  # published metric -> ours at scale=full
     mini_metrics: dict[str, str] = field(default_factory=dict)  # published metric -> ours at scale=mini
     missing: dict[str, str] = field(default_factory=dict)  # what is published and has no cell -> why
+    mini_notes: list[str] = field(
+        default_factory=list
+    )  # in what cells at scale=mini differ from the method as published
     mini: dict[str, Any] | None = None  # axes: override -> values
     full: dict[str, Any] | None = None
 
@@ -61,9 +64,17 @@ def read_table(node: DictConfig) -> Table:
         raise UserError(explain(error, "table")) from error
     for scale in SCALES:
         check_axes(f"table.{scale}", getattr(table, scale) or {})
+    if table.study is not None:
+        check_choice("table.study", table.study, studies())
     if not table.caption and not table.study:
         raise UserError("table.caption is missing; needed: what the cells of the preset are, in a few words")
     return table
+
+
+def studies() -> list[str]:
+    """The modules of dqbench.studies that a preset may name."""
+    found = pkgutil.iter_modules([str(Path(__file__).parents[1] / "studies")])
+    return sorted(module.name for module in found if module.name != "page")  # what they share
 
 
 def check_axes(where: str, axes: Mapping[str, Any]) -> None:

@@ -12,7 +12,10 @@ from dqbench.results import Row
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with its interval; one seed: the metric's own, several: Student's t over seeds."""
+    """A value with its interval; one seed: the metric's own, several: Student's t over seeds.
+
+    Seeds with the very same value, as where nothing is drawn at random, count once.
+    """
 
     value: float
     low: float
@@ -42,7 +45,7 @@ def change(rows: Sequence[Row], name: str | None) -> Estimate | None:
 
 def over_seeds(found: Sequence[dict[str, Any]], n: int) -> Estimate:
     """One interval of those of the seeds."""
-    if len(found) == 1:
+    if len({each["value"] for each in found}) == 1:
         return Estimate(*(found[0][key] for key in ("value", "low", "high")), n, 1)
     value, half = mean_interval([each["value"] for each in found])
     return Estimate(value, value - half, value + half, n, len(found))

@@ -14,7 +14,7 @@ from dqbench.rendering.estimates import Estimate, change, estimate
 from dqbench.rendering.footnotes import against, status
 from dqbench.rendering.pairs import Pair, Part
 from dqbench.rendering.presets import Preset
-from dqbench.rendering.view import View, metric_names, published_change
+from dqbench.rendering.view import View, metric_names, published_change, weakest
 
 TABLE = ("table", "caption", "model", "dataset", "resolution", "sampler", "steps", "eta", "guidance")
 PROTOCOL = ("n_samples", "fid_impl", "reference")
@@ -25,7 +25,7 @@ HEADER = (
     *TABLE,
     *(f"published_{key}" for key in PROTOCOL),
     *ROW,
-    *("metric", "published", "published_fp", "published_delta", "status", "reason"),
+    *("metric", "published", "published_fp", "published_delta", "published_delta_state", "status", "reason"),
     *(f"{scale}_{key}" for scale in SCALES for key in OURS),
 )
 
@@ -55,11 +55,17 @@ def lines(preset: Preset, part: Part, pair: Pair) -> Iterator[dict[str, Any]]:
             yield whole | {"metric": name} | numbers(part, row, name) | own[0] | own[1]
 
 
-def numbers(part: Part, row: PublishedRow, name: str) -> dict[str, float | None]:
-    """A published number, its full precision and their difference."""
+def numbers(part: Part, row: PublishedRow, name: str) -> dict[str, Any]:
+    """A published number, its full precision, their difference and how far that is verified."""
     base = part.base.values.get(name) if part.base else None
     moved = published_change(part, row, name)
-    return {"published": row.values[name], "published_fp": base, "published_delta": moved}
+    state = None if moved is None else weakest(part, row)
+    return {
+        "published": row.values[name],
+        "published_fp": base,
+        "published_delta": moved,
+        "published_delta_state": state,
+    }
 
 
 def ours(part: Part, pair: Pair, scale: str, name: str) -> dict[str, Any]:

@@ -95,7 +95,10 @@ def remarks(part: Part) -> list[str]:
     count = "number of samples not known" if protocol.n_samples is None else f"{protocol.n_samples:,} samples"
     known = [count, *(f"{what}: {text}" for what, text in measured_by(protocol) if text), protocol.notes]
     found = [f"Published protocol: {'; '.join(text.rstrip('.') for text in known if text)}."]
-    found += [f"Δ fp of published numbers: against the full precision of {part.base_table}."] if part.base_table else []
+    if part.base_table and any(name in part.base.values for row in part.table.rows for name in row.values):
+        found.append(f"Δ fp of published numbers: against the full precision of {part.base_table}.")
+    if any(pair.ours[MINI] for pair in part.pairs):
+        found += [f"Miniature: {text}." for text in part.mini_notes]
     return found + [f"All published rows: {text}." for text in common_notes(part)]
 
 

@@ -36,16 +36,19 @@ class Part:
     base: PublishedRow | None  # the paper's own full precision
     base_table: str = ""  # where that stands, if elsewhere in the paper
     metrics: dict[str, dict[str, str]] = field(default_factory=dict)  # scale -> published metric -> ours
+    mini_notes: Sequence[str] = ()  # in what the miniature's cells differ from the method as published
 
 
 def pair(preset: Preset, rows: Sequence[Row], ids: RunIds) -> list[Part]:
     """The published tables of a preset with our rows."""
     finder = Finder(preset, {row.run_id: row for row in rows}, {row.config["model"].get("name") for row in rows}, ids)
+    full = [row for row in rows if row.config["method"].get("name") == "fp32"]
     parts = []
     for table in preset.tables:
         base, name = full_precision_row(preset, table)
-        pairs = with_full_precision(list(finder.pairs(table)))
-        parts.append(Part(table, pairs, base, name, {scale: ours(preset, scale, table) for scale in SCALES}))
+        pairs = with_full_precision(list(finder.pairs(table)), full)
+        mapped = {scale: ours(preset, scale, table) for scale in SCALES}
+        parts.append(Part(table, pairs, base, name, mapped, preset.axes.mini_notes))
     for scale, key in ((MINI, "mini_metrics"), (FULL, "metrics")):
         check_measured(f"{preset.name}.yaml: table.{key}", scale, parts)
     return parts
@@ -77,22 +80,26 @@ def full_precision_row(preset: Preset, table: published.Table) -> tuple[Publishe
     return None, ""
 
 
-def with_full_precision(pairs: list[Pair]) -> list[Pair]:
-    """Full precision of a seed without a run of its own is what the quantized rows of that seed hold of it."""
+def with_full_precision(pairs: list[Pair], full: Sequence[Row]) -> list[Pair]:
+    """Full precision of every seed that is at hand: of `full`, else what the quantized rows of the seed hold of it."""
     result = []
     for each in pairs:
         ours = dict(each.ours)
         for scale in SCALES if each.published.full_precision else ():
-            ours[scale] = completed(ours[scale], [row for other in pairs for row in other.ours[scale]])
+            ours[scale] = completed(ours[scale], [row for other in pairs for row in other.ours[scale]], full)
         result.append(Pair(each.published, ours, each.reason))
     return result
 
 
-def completed(own: list[Row], others: Sequence[Row]) -> list[Row]:
-    """Rows of full precision, and those that others of equal settings hold, by rising seed."""
-    kinds = [digest(settings(row)) for row in (*own, *others)]
-    alike = [row for row, kind in zip((*own, *others), kinds, strict=True) if kind == kinds[0]]
+def completed(own: list[Row], others: Sequence[Row], full: Sequence[Row]) -> list[Row]:
+    """Rows of full precision, all that `full` and the others of equal settings hold, by rising seed."""
+    every = [*own, *others]
+    if not every:
+        return []
+    kind = digest(settings(every[0]))
+    alike = [row for row in every if digest(settings(row)) == kind]
     found = {row.config["seed"]: full_precision(row) for row in reversed(alike) if row.difference or row.paired}
+    found |= {row.config["seed"]: row for row in full if digest(settings(row)) == kind}
     found |= {row.config["seed"]: row for row in own}
     return [found[seed] for seed in sorted(found)]
 

@@ -57,7 +57,9 @@ def paper_preset(name: str) -> Preset | None:
 def locate(name: str) -> Path:
     """The file of a preset: that of the package, else the user's own."""
     paths = [root / "sweeps" / f"{name}.yaml" for root in (data_root(), Path.cwd())]
-    return next(path for path in paths if path.is_file())
+    if not (found := [path for path in paths if path.is_file()]):
+        raise UserError(f"preset {name} is in none of {', '.join(str(path.parent) for path in paths)}")
+    return found[0]
 
 
 def read_axes(path: Path) -> Table | None:

@@ -49,6 +49,8 @@ def sampling(table: Table, sampler: Mapping[str, Any]) -> Iterator[Difference]:
     name = str(sampler["scheduler"]).split(".")[-1].removesuffix("Scheduler")
     if table.sampler and not any(word in table.sampler.lower() for word in SAME.get(name, (name.lower(),))):
         yield Difference("sampler", table.sampler, name)
+    if "quad" in (table.sampler or "").lower() and sampler.get("spacing") != "quad":
+        yield Difference("spacing of the steps", "quad", str(sampler.get("spacing")))
     for key in ("steps", "eta", "guidance"):
         wanted = getattr(table, key)
         if wanted is not None and wanted != sampler.get(key):

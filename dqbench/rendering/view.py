@@ -22,6 +22,7 @@ from dqbench.rendering.footnotes import (
     status,
 )
 from dqbench.rendering.pairs import MINI, Pair, Part
+from dqbench.rendering.presets import DELTA
 from dqbench.rendering.protocol import Difference
 
 NONE = "–"
@@ -148,9 +149,10 @@ def line(part: Part, pair: Pair, named: Named, notes: Notes, common: Sequence[tu
         cells += published_cells(part, row, name)
         for scale in scales:
             own = part.metrics[scale][name]
-            cells.append(Cell(spell(estimate(pair.ours[scale], own))))
+            rows = pair.ours[scale] if name in row.values or not name.startswith(DELTA) else []
+            cells.append(Cell(spell(estimate(rows, own))))
             if any(change(other.ours[scale], own) for other in part.pairs):
-                cells.append(Cell(spell(change(pair.ours[scale], own), "+")))
+                cells.append(Cell(spell(change(rows, own), "+")))
     return cells
 
 
@@ -161,9 +163,13 @@ def published_cells(part: Part, row: PublishedRow, name: str) -> list[Cell]:
     cells = [Cell(NONE) if value is None else Cell(f"{value:.{digits}f}", row.state, link=link)]
     if has_change(part, name):
         moved = published_change(part, row, name)
-        weakest = "unverified" if part.base and part.base.state == "unverified" else row.state
-        cells.append(Cell(NONE) if moved is None else Cell(f"{moved:+.{digits}f}", weakest))
+        cells.append(Cell(NONE) if moved is None else Cell(f"{moved:+.{digits}f}", weakest(part, row)))
     return cells
+
+
+def weakest(part: Part, row: PublishedRow) -> str:
+    """How far a published change is verified: as far as both of its numbers."""
+    return "unverified" if part.base and part.base.state == "unverified" else row.state
 
 
 def published_change(part: Part, row: PublishedRow, name: str) -> float | None:

@@ -41,7 +41,8 @@ class CheckpointPipeline(MaskedDiffusionPipeline):
         **parts: Any,
     ) -> DiffusionPipeline:
         """The pipeline of a released model's folder or hub id; `parts` are of a pipeline's own folder only."""
-        folder = Path(path) if Path(path).is_dir() else Path(cls.download(str(path), local_files_only=local_files_only))
+        there = Path(path).is_dir()
+        folder = Path(path if there else cls.download(str(path), local_files_only, trust_remote_code))
         if (folder / "model_index.json").exists():
             return MaskedDiffusionPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True, **parts)
         return load_language_model(folder, dtype, trust_remote_code)
@@ -59,9 +60,10 @@ class CheckpointPipeline(MaskedDiffusionPipeline):
         assemble(checkpoint, checkpoint.empty)
 
     @classmethod
-    def download(cls, path: str, local_files_only: bool = False) -> str:
-        """The cached folder of a hub id."""
-        return snapshot_download(path, allow_patterns=FILES, local_files_only=local_files_only)
+    def download(cls, path: str, local_files_only: bool = False, code: bool = False) -> str:
+        """The cached folder of a hub id; with its code where that is wanted."""
+        patterns = [*FILES, "*.py"] if code else FILES
+        return snapshot_download(path, allow_patterns=patterns, local_files_only=local_files_only)
 
 
 def load_language_model(

@@ -83,7 +83,8 @@ def token_rows(
 ) -> Tensor:
     """`count` rows of one length [count, L] of the model's data; split: train or held_out.
 
-    The miniature's by `source`; of a text file consecutive pieces of `length` tokens, its last tenth held out.
+    The miniature's by `source`; of a text file consecutive pieces of `length` tokens, its last tenth held out: all of
+    them where there are fewer.
     """
     if model.data == TASKS:
         return tasks.token_rows(source, split, count, seed)
@@ -93,6 +94,7 @@ def token_rows(
     rows = ids[: len(ids) // length * length].view(-1, length)
     first = round(len(rows) * (1 - HELD_OUT))
     rows = rows[:first] if split == "train" else rows[first:]
-    if len(rows) < count:
-        raise UserError(f"model.data={model.data} has {len(rows)} {split} rows of {length} tokens; {count} are needed")
+    least = 2 if split == "held_out" else count
+    if len(rows) < least:
+        raise UserError(f"model.data={model.data} has {len(rows)} {split} rows of {length} tokens; {least} are needed")
     return rows[:count]

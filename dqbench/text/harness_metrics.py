@@ -19,12 +19,13 @@ from dqbench.errors import UserError
 from dqbench.identity import digest
 from dqbench.metrics.base import Metric
 from dqbench.models import snapshot
+from dqbench.provenance import version
 from dqbench.stages import checksums
 from dqbench.text.lm_eval import Protocol, evaluate, harness, task_index
 
-Z_95 = 1.96  # of the harness's own standard errors
 log = logging.getLogger(__name__)
-LOWER = ("perplexity", "bits_per_byte", "word_perplexity", "byte_perplexity")  # of its measures, where less is better
+Z_95 = 1.96  # of the harness's own standard errors
+LOWER = ("perplexity", "bits_per_byte", "word_perplexity", "byte_perplexity")  # less is better, where it does not say
 
 
 @dataclass
@@ -76,19 +77,18 @@ class HarnessMetrics:
         for task, shots in self.tasks.items():
             results = evaluate(pipe, self.protocol, [task], num_fewshot=shots, **options)
             for name, own in results["results"].items():
-                found |= measures(name, own, questions(results, name), shots)
+                found |= measures(name, own, results, shots)
         return found
 
     def reference_hash(self, reference: str | None, cache_dir: Path, *, device: str = "cpu") -> None:
-        """The harness names the versions of its tasks itself."""
+        """What is asked comes with the harness: see weights_hash()."""
         return None
 
-    def weights_hash(self) -> str | None:
-        """Of the files in metrics.include, which say what is asked; the harness's own tasks have versions."""
-        if self.include is None:
-            return None
-        files = checksums(Path(self.include))
-        return digest({name: found for name, found in files.items() if "__pycache__" not in name})
+    def weights_hash(self) -> str:
+        """Of what asks: the harness by its version, the files in metrics.include by their content."""
+        files = {} if self.include is None else checksums(Path(self.include))
+        own = {name: found for name, found in files.items() if "__pycache__" not in name}
+        return digest({"lm-eval": version("lm-eval"), "include": own})
 
 
 def has_chat_template(folder: Path) -> bool:
@@ -109,20 +109,20 @@ def questions(results: Mapping[str, Any], name: str) -> int:
     return sum(questions(results, part) for part in results["group_subtasks"].get(name, []))
 
 
-def measures(task: str, results: Mapping[str, Any], count: int, shots: int) -> dict[str, Metric]:
+def measures(task: str, own: Mapping[str, Any], results: Mapping[str, Any], shots: int) -> dict[str, Metric]:
     """The harness's measures "acc,none" of one task that have a standard error, "acc_stderr,none"; others are told."""
-    found = {}
-    for key, value in results.items():
+    found, count = {}, questions(results, task)
+    edition, better = (results.get(key, {}).get(task) for key in ("versions", "higher_is_better"))
+    for key, value in own.items():
         name, _, kind = key.partition(",")
-        if f"{name}_stderr,{kind}" not in results:  # no measure
+        if f"{name}_stderr,{kind}" not in own:  # no measure
             continue
-        error = results[f"{name}_stderr,{kind}"]
+        error = own[f"{name}_stderr,{kind}"]
         if not isinstance(error, float) or math.isnan(error):
             log.warning("%s has no standard error for %s=%s: it is not in the row", task, name, value)
             continue
-        half = Z_95 * error
-        protocol = f"lm-evaluation-harness, {shots}-shot, {kind}; normal interval"
-        found[f"{task}_{name}"] = Metric(
-            value, value - half, value + half, count, "lm_eval", protocol, name not in LOWER
-        )
+        half, higher = Z_95 * error, (better or {}).get(name, name not in LOWER)
+        told = f", task version {edition}" if edition is not None else ""
+        protocol = f"lm-evaluation-harness, {shots}-shot, {kind}{told}; normal interval"
+        found[f"{task}_{name}"] = Metric(value, value - half, value + half, count, "lm_eval", protocol, higher)
     return found

@@ -99,8 +99,7 @@ def network_error(cell: Cell, quantized: Quantized) -> Artifact:
 
     def produce(folder: Path) -> None:
         mask = cell.calib.mask
-        count = min(PROBES, cell.calib.samples)
-        ids = token_rows(cell.model, cell.pipe.tokenizer, mask.rows, "held_out", count, mask.length)
+        ids = token_rows(cell.model, cell.pipe.tokenizer, mask.rows, "held_out", PROBES, mask.length)
         masks = bin_masks(torch.ones_like(ids, dtype=torch.bool), BINS, DRAWS, 0)
         found = agreement(expected(cell, depends, ids, masks), denoiser(cell.load(quantized)), ids, masks, BINS)
         if processes.is_main():

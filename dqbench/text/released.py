@@ -148,7 +148,8 @@ def unknown_architecture(folder: Path, content: Mapping[str, Any]) -> str:
     named = ", ".join(map(str, as_list(content.get("architectures")))) or "no architecture"
     return (
         f"{folder}: model_type {content.get('model_type')} ({named}) is unknown; read without remote code: "
-        f"{', '.join(FAMILIES)}; trust_remote_code=True would run the code that comes with it"
+        f"{', '.join(FAMILIES)}; in Python CheckpointPipeline.from_pretrained(..., trust_remote_code=True) "
+        "runs the code that comes with it"
     )
 
 

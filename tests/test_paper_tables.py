@@ -118,8 +118,15 @@ def test_one_seed_has_its_metrics_own_interval_and_full_precision_is_what_rows_h
     assert numbers(found, "mini_value", "mini_low", "mini_high") == [5, 4.75, 5.5]
     assert numbers(found, "mini_delta", "mini_delta_low", "mini_delta_high") == [4, 3.875, 4.5]
     full = entry(mini, "FP", 32, 32)
-    assert numbers(full, "published", "mini_value", "mini_seeds") == [2.98, 1, 3] and full["mini_delta"] == ""
+    assert numbers(full, "published", "mini_value", "mini_seeds") == [2.98, 1, 1] and full["mini_delta"] == ""
     assert full["published_delta"] == full["mini_run_ids"] == ""  # it has no run of its own
+    assert (full["mini_low"], full["mini_high"]) == ("0.75", "1.5")  # of three seeds with the very same value
+
+
+def test_full_precision_names_all_of_its_own_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = [row(value, "setting=digits50", "method=fp32", f"seed={i}") for i, value in enumerate((1.0, 2.0, 3.0))]
+    found = entry(render(tmp_path, [*own, *seeds([5.0], "method=tfmq", "bits=w4a8")], monkeypatch), "FP", 32, 32)
+    assert found["mini_run_ids"].split() == [each.run_id for each in own] and float(found["mini_value"]) == 2
 
 
 def test_what_has_no_row_is_published_alone(mini: Path) -> None:

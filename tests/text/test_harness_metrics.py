@@ -26,6 +26,8 @@ RESULTS = {
             "acc_stderr,none": 0.01,
             "bleu,none": 3.0,
             "bleu_stderr,none": "N/A",
+            "ter,none": 0.5,
+            "ter_stderr,none": 0.1,
         }
     },
     "n-samples": {"piqa": {"original": 100, "effective": 40}},
@@ -52,7 +54,8 @@ def test_measures_with_a_standard_error_are_metrics(monkeypatch, caplog):
     found = own.score_network(None, None)
     given = {"num_fewshot": 5, "limit": 40, "task_manager": INDEX}
     assert asked == [(128, ["piqa"], given | {"apply_chat_template": True, "fewshot_as_multiturn": True})]
-    assert set(found) == {"piqa_acc"} and "piqa has no standard error for bleu=3.0" in caplog.text
+    assert set(found) == {"piqa_acc", "piqa_ter"} and not found["piqa_ter"].higher_is_better
+    assert "task version 1.0" in found["piqa_acc"].protocol and "piqa has no standard error for bleu=3.0" in caplog.text
     metric = found["piqa_acc"]
     assert (metric.value, metric.n, metric.higher_is_better) == (0.75, 40, True)
     assert metric.high - metric.value == pytest.approx(0.0196) and "5-shot" in metric.protocol

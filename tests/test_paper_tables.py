@@ -7,6 +7,7 @@ import functools
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -20,7 +21,7 @@ from PIL import Image
 from scipy import stats
 
 from dqbench import tables
-from dqbench.config import compose
+from dqbench.config import compose, data_root
 from dqbench.errors import UserError
 from dqbench.identity import identity, run_id
 from dqbench.published import load
@@ -29,6 +30,7 @@ from dqbench.rendering.latex import escape
 from dqbench.rendering.page import Section, render_html
 from dqbench.rendering.presets import check_closed, paper_presets, read_axes
 from dqbench.results import Row, encode
+from dqbench.studies import iso_bits
 
 PRESET = "tfmq_table2"
 FULL = ("setting=bedrooms200", "scale=full")
@@ -396,3 +398,16 @@ def test_tables_need_no_torch() -> None:
 def test_a_preset_without_published_numbers_is_left_alone() -> None:
     axes = read_axes(Path(tables.__file__).parents[1] / "sweeps" / "digits.yaml")
     assert axes is not None and axes.paper is None
+
+
+def test_what_is_committed_is_what_the_committed_rows_give(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shipped = data_root() / "results"
+    (tmp_path / "tables").mkdir()
+    shutil.copy(shipped / "rows.jsonl", tmp_path)
+    for main in (tables.main, iso_bits.main):
+        monkeypatch.setattr(sys, "argv", ["command", f"results={tmp_path}"])
+        main()
+    texts = [path for path in (shipped / "tables").iterdir() if path.suffix in (".md", ".tex", ".csv")]
+    computed = {path.name: path.read_bytes() for path in texts if not path.name.startswith("rate_distortion")}
+    stale = [name for name, content in computed.items() if (tmp_path / "tables" / name).read_bytes() != content]
+    assert len(computed) > 50 and not stale, "python -m dqbench.tables && python -m dqbench.studies.iso_bits"

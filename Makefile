@@ -33,7 +33,7 @@ run: $(STAMP) ## one cell: the embedded default, minutes on a CPU (ARGS="method=
 	$(BIN)/python -m dqbench $(ARGS)
 
 test: $(STAMP) ## the test suite, no network (ARGS="-k quant")
-	OMP_NUM_THREADS=1 $(OFFLINE) $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+	OMP_NUM_THREADS=1 $(OFFLINE) $(BIN)/python -m pytest -n 3 --dist worksteal $(ARGS)
 
 check: $(STAMP) ## lint and formatting
 	$(BIN)/ruff check

@@ -175,8 +175,11 @@ def test_texts_of_a_file_are_cut_and_its_end_is_held_out(overrides, tmp_path):
         map(tuple, token_rows(preset, tokenizer, "text", "train", 45, 4).tolist())
     )
     assert tokenizer.decode(held_out[0]) == "".join(chr(97 + i % 26) for i in range(180, 184))
-    with pytest.raises(UserError, match="has 5 held_out rows of 4 tokens; 6 are needed"):
-        token_rows(preset, tokenizer, "text", "held_out", 6, 4)
+    assert torch.equal(token_rows(preset, tokenizer, "text", "held_out", 99, 4), held_out)  # all there are
+    with pytest.raises(UserError, match="has 45 train rows of 4 tokens; 46 are needed"):
+        token_rows(preset, tokenizer, "text", "train", 46, 4)
+    with pytest.raises(UserError, match="has 0 held_out rows of 50 tokens; 2 are needed"):
+        token_rows(preset, tokenizer, "text", "held_out", 5, 50)
 
 
 def test_a_released_checkpoint_is_quantized_where_it_lies(tmp_path):

@@ -59,7 +59,7 @@ def settings(row: Row) -> Flat:
     hashes = {name: row.provenance.get(f"{name}_hash") for name in BY_CONTENT}
     known = {name: value[:12] for name, value in hashes.items() if value}
     paths = {path for name in known for path in BY_CONTENT[name]}
-    return known | {k: v for k, v in flat.items() if k not in paths and not k.startswith(NOT_SETTINGS)}
+    return known | {k: flat[k] for k in sorted(flat) if k not in paths and not k.startswith(NOT_SETTINGS)}
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> Flat:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import ctypes
 import resource
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 from torch import nn
 
-SMALL = 10_000_000  # parameters of a convolutional network: below, threads wait longer than they compute
+SMALL = 10_000_000  # parameters: below, threads of a convolutional network wait longer than they compute
 ALL_THREADS = torch.get_num_threads()  # what torch chose when the process began
 M_MMAP_THRESHOLD, LARGE = -3, 2**20  # of malloc.h; bytes
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -23,8 +24,28 @@ def set_threads(wanted: int | None, network: nn.Module) -> None:
     The matrix products of a language model of the same size, over thousands of tokens at once, do divide well.
     """
     convolves = any(isinstance(module, nn.Conv2d) for module in network.modules())
-    small = sum(parameter.numel() for parameter in network.parameters()) < SMALL
-    torch.set_num_threads(wanted or (1 if convolves and small else ALL_THREADS))
+    torch.set_num_threads(wanted or (1 if convolves and is_small(network) else ALL_THREADS))
+
+
+@contextmanager
+def repeatable(wanted: int | None, network: nn.Module) -> Iterator[None]:
+    """Inside: one CPU thread for a small network, unless `wanted` is a number.
+
+    Sums over many rows round by how threads divide them, and what is learned or compensated enlarges that: a quantized
+    network should not depend on the number of cores.
+    """
+    before = torch.get_num_threads()
+    if wanted is None and is_small(network):
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def is_small(network: nn.Module) -> bool:
+    """Whether it has fewer than SMALL parameters."""
+    return sum(parameter.numel() for parameter in network.parameters()) < SMALL
 
 
 def full_float32() -> None:

@@ -28,7 +28,7 @@ from dqbench.noise_statistics import collect, estimate, statistics_seeds
 from dqbench.provenance import stamp
 from dqbench.quant.checkpoint import load_denoiser, save_denoiser
 from dqbench.record import Stages, picture, record, write_json
-from dqbench.resources import full_float32, peak_memory, restart_peak, set_threads
+from dqbench.resources import full_float32, peak_memory, repeatable, restart_peak, set_threads
 from dqbench.results import Row, finished
 from dqbench.sampling import set_sampler
 from dqbench.shards import Shards, fill
@@ -195,7 +195,8 @@ class Cell:
 
         def produce(folder: Path) -> None:
             rows = CalibrationSet.open(calib.folder, self.seed, size, getattr(torch, self.model.dtype))
-            made = make(rows)
+            with repeatable(self.cfg.runtime.threads, denoiser(self.pipe)):
+                made = make(rows)
             if processes.is_main():
                 save_denoiser(made, folder)
 

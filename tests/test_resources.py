@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from dqbench import resources
-from dqbench.resources import full_float32, peak_memory, restart_peak, set_threads
+from dqbench.resources import full_float32, peak_memory, repeatable, restart_peak, set_threads
 
 MIB = 2**20
 
@@ -30,6 +30,15 @@ def test_a_large_network_and_one_without_convolutions_get_all_threads_back_after
         set_threads(wanted, network)
         found.append(torch.get_num_threads())
     assert found == [1, 3, 2, 2, 1, 3]
+
+
+def test_a_small_network_is_quantized_on_one_thread_whatever_there_is():
+    torch.set_num_threads(3)
+    large, found = nn.Linear(resources.SMALL, 1, device="meta"), []
+    for wanted, network in ((None, nn.Linear(2, 2)), (2, nn.Linear(2, 2)), (None, large)):
+        with repeatable(wanted, network):
+            found.append(torch.get_num_threads())
+    assert found == [1, 3, 3] and torch.get_num_threads() == 3
 
 
 @pytest.mark.skipif(not resources.CLEAR.exists(), reason="the kernel cannot restart the peak")
